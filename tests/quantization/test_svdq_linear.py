@@ -348,7 +348,7 @@ def test_svdq_linear_operator_passes_opcheck(layout):
 
 
 @BOTH
-def test_layer_used_in_inference_mode_works_outside_it(layout):
+def test_layer_used_in_inference_mode_works_in_normal_mode(layout):
     layer, x = layer_of(layout), torch.randn(2, 160)
     with torch.inference_mode():
         first = layer(x)

@@ -28,7 +28,7 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for l
 
 
 @every_layout
-def test_check_file_of_valid_file_describes_it(tmp_path, layout):
+def test_check_file_of_valid_file_returns_description(tmp_path, layout):
     file = check_file(write_svdq(tmp_path / NAME, TINY, layout))
     assert file.layout == layout
     linears = linear_shapes(transformer_on_meta(TINY))
