@@ -73,7 +73,7 @@ class BaselineContract:
         return Baseline(make("baseline"), scratch=scratch)
 
     @pytest.mark.parametrize("png", [False, True], ids=["mp4", "png"])
-    def test_what_is_approved_is_found_whole(self, out: Storage, baseline: Baseline, tmp_path: Path, png: bool) -> None:
+    def test_approved_render_is_found_whole(self, out: Storage, baseline: Baseline, tmp_path: Path, png: bool) -> None:
         record = write_render(out, tmp_path / "s", png=png)
         out.write_bytes("jobs/a/people.json", b"{}")
         done = approve(baseline, out, record, run_id="night-7")
@@ -93,7 +93,7 @@ class BaselineContract:
         assert name_job(record) == ("cpu", "fp4-distill", "a")
         assert not tokens(baseline.storage, record) - {job.approval.token}
 
-    def test_sound_beside_frames_is_kept_and_not_taken_for_one(
+    def test_approve_of_frames_with_sound_keeps_sound_apart_from_frames(
         self, out: Storage, baseline: Baseline, tmp_path: Path
     ) -> None:
         record = write_render(out, tmp_path / "s", png=True, sound=b"tone")
@@ -107,7 +107,7 @@ class BaselineContract:
         with pytest.raises(InputUnreadable, match="differs from the approved one"):
             job.fetch(tmp_path / "g")
 
-    def test_the_same_render_is_approved_once(self, out: Storage, baseline: Baseline, tmp_path: Path) -> None:
+    def test_approve_of_same_render_again_is_unchanged(self, out: Storage, baseline: Baseline, tmp_path: Path) -> None:
         record = write_render(out, tmp_path / "s")
         first = approve(baseline, out, record)
         again = approve(baseline, out, record, "bea", as_of="2020-01-01")
@@ -119,7 +119,7 @@ class BaselineContract:
         assert not repaired.unchanged
         assert standing(baseline, record, tmp_path / "f")[0] == "bea"
 
-    def test_the_last_five_are_kept(self, out: Storage, baseline: Baseline, tmp_path: Path) -> None:
+    def test_approve_keeps_last_5_approvals(self, out: Storage, baseline: Baseline, tmp_path: Path) -> None:
         for number in range(7):
             moment = f"2026-01-0{number + 1}T00:00:00+00:00"
             record = write_render(out, tmp_path / "s", content=f"night {number} ", finished_at=moment)
@@ -129,7 +129,7 @@ class BaselineContract:
         job = baseline.find([name_job(record)])[name_job(record)]
         assert [one.who for one in job.approvals.approvals] == [f"who {n}" for n in (6, 5, 4, 3, 2)]
 
-    def test_an_unnamed_folder_is_removed_when_it_is_old(
+    def test_approve_removes_unnamed_folder_that_is_old(
         self, out: Storage, baseline: Baseline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         record = write_render(out, tmp_path / "s")
@@ -146,10 +146,10 @@ class BaselineContract:
         assert len(named(baseline.storage, record)) == 3
 
     @pytest.mark.parametrize("first", [True, False], ids=["of a new job", "of a job with a baseline"])
-    def test_of_two_approvers_at_the_same_time_one_is_refused(
+    def test_approve_by_two_at_same_time_refuses_one(
         self, make: Callable[[str], Storage], baseline: Baseline, tmp_path: Path, first: bool
     ) -> None:
-        """The second approves as a whole between two steps of the first, for each of its steps."""
+        """The second approval runs in full between two steps of the first, once for each step."""
         outs = {who: make(who) for who in ("anna", "bea")}
         for step in range(100):
             records = {
@@ -185,7 +185,9 @@ class BaselineContract:
             assert tokens(baseline.storage, record) == set(named(baseline.storage, record))
         assert step >= (4 if self.steps else 12)
 
-    def test_a_draft_replaces_nothing_and_is_replaced(self, out: Storage, baseline: Baseline, tmp_path: Path) -> None:
+    def test_draft_approval_replaces_nothing_and_is_replaced(
+        self, out: Storage, baseline: Baseline, tmp_path: Path
+    ) -> None:
         record = write_render(out, tmp_path / "s")
         assert isinstance(drafted := approve(baseline, out, record, draft=True), Approved)
         assert drafted.approval.draft
@@ -196,7 +198,7 @@ class BaselineContract:
         assert isinstance(refused, Refused)
         assert "a draft replaces none" in refused.why
 
-    def test_a_removal_is_approved_too(self, out: Storage, baseline: Baseline, tmp_path: Path) -> None:
+    def test_approve_removal_takes_job_out_of_baseline(self, out: Storage, baseline: Baseline, tmp_path: Path) -> None:
         record = write_render(out, tmp_path / "s")
         name = name_job(record)
         request = ApprovalRequest("bea", "the dance is no longer needed", "r2")
@@ -294,7 +296,7 @@ def refusal(baseline: Baseline, out: Storage, record: ResultRecord, **more: Any)
     return refused.why
 
 
-def test_an_output_that_is_not_the_recorded_one_is_refused(tmp_path, out, baseline):
+def test_approve_of_output_that_differs_from_record_is_refused(tmp_path, out, baseline):
     record = write_render(out, tmp_path / "s")
     out.write_bytes(job_key("a", OUTPUT), b"first 0first 1first X")
     assert "differs from its record" in refusal(baseline, out, record)
@@ -303,7 +305,7 @@ def test_an_output_that_is_not_the_recorded_one_is_refused(tmp_path, out, baseli
 
 
 @pytest.mark.parametrize("wrong", ["changed", "missing", "one more", "all gone"])
-def test_frames_that_are_not_the_recorded_ones_are_refused(tmp_path, out, baseline, wrong):
+def test_approve_of_frames_that_differ_from_record_is_refused(tmp_path, out, baseline, wrong):
     record = write_render(out, tmp_path / "s", png=True)
     keys = sorted(info.key for info in out.list(record.output.key))
     if wrong == "changed":
@@ -315,7 +317,7 @@ def test_frames_that_are_not_the_recorded_ones_are_refused(tmp_path, out, baseli
     assert ("is missing" if wrong == "all gone" else "differs from its record") in refusal(baseline, out, record)
 
 
-def test_digests_that_are_not_the_recorded_ones_are_refused(tmp_path, out, baseline):
+def test_approve_of_digests_that_differ_from_record_is_refused(tmp_path, out, baseline):
     record = write_render(out, tmp_path / "s")
     good = out.read_bytes(job_key("a", FRAME_DIGESTS))
     for data, said in (
@@ -330,7 +332,7 @@ def test_digests_that_are_not_the_recorded_ones_are_refused(tmp_path, out, basel
     assert baseline.find([name_job(record)])[name_job(record)].digests() is None
 
 
-def test_a_job_that_failed_or_names_another_s_output_is_refused(tmp_path, out, baseline):
+def test_approve_of_failed_job_or_output_of_other_job_is_refused(tmp_path, out, baseline):
     record = write_render(out, tmp_path / "s")
     assert "failed" in refusal(baseline, out, record.model_copy(update={"status": "failed"}))
     assert "failed" in refusal(baseline, out, record.model_copy(update={"output": None}))
@@ -345,7 +347,7 @@ def test_a_job_that_failed_or_names_another_s_output_is_refused(tmp_path, out, b
     assert "cannot be used" in refusal(baseline, out, record.model_copy(update={"finished_at": "soon"}))
 
 
-def test_a_job_that_was_rendered_again_is_refused(tmp_path, out, baseline):
+def test_approve_of_job_that_was_rendered_again_is_refused(tmp_path, out, baseline):
     record = write_render(out, tmp_path / "s")
     newer = write_render(out, tmp_path / "s", content="second")
     assert "rendered again" in refusal(baseline, out, record)
@@ -359,7 +361,7 @@ def test_a_job_that_was_rendered_again_is_refused(tmp_path, out, baseline):
     assert "rendered again" in refusal(baseline, hooked, newer)  # while it was copied
 
 
-def test_a_later_approval_and_a_later_render_are_not_replaced(tmp_path, out, baseline):
+def test_approve_does_not_replace_later_approval_or_later_render(tmp_path, out, baseline):
     old_out = LocalStorage(tmp_path / "old")
     old = write_render(old_out, tmp_path / "s", content="old")
     new = write_render(out, tmp_path / "s", content="new", finished_at="2026-01-09T00:00:00.000+00:00")
@@ -379,7 +381,7 @@ def test_a_later_approval_and_a_later_render_are_not_replaced(tmp_path, out, bas
         approve(baseline, out, newest, as_of="yesterday")
 
 
-def test_an_approval_that_comes_meanwhile_is_not_replaced_by_force(tmp_path, baseline):
+def test_approve_with_replace_newer_keeps_approval_made_meanwhile(tmp_path, baseline):
     outs = {who: LocalStorage(tmp_path / who) for who in ("anna", "bea")}
     records = {who: write_render(out, tmp_path / "s", content=who) for who, out in outs.items()}
     hooked = HookedStorage(baseline.storage)
@@ -398,8 +400,8 @@ def test_an_approval_that_comes_meanwhile_is_not_replaced_by_force(tmp_path, bas
     assert standing(baseline, records["bea"], tmp_path / "f")[0] == "bea"
 
 
-def test_a_store_that_ignores_conditions_does_not_hide_a_lost_approval(tmp_path, out, baseline):
-    """Written, and replaced by another approver's file before it was read again: refused all the same."""
+def test_approve_on_store_without_conditions_refuses_lost_approval(tmp_path, out, baseline):
+    """The approval is refused if another approver's file replaces it before it is read again."""
     record = write_render(out, tmp_path / "s")
     hooked, key = HookedStorage(baseline.storage), approvals_key(name_job(record))
 
@@ -415,7 +417,7 @@ def test_a_store_that_ignores_conditions_does_not_hide_a_lost_approval(tmp_path,
     assert "approved by bea" in refused.why
 
 
-def test_damaged_approvals_are_not_replaced(tmp_path, out, baseline):
+def test_approve_with_damaged_approvals_file_raises_and_keeps_file(tmp_path, out, baseline):
     record = write_render(out, tmp_path / "s")
     key = approvals_key(name_job(record))
     for data in (b"{", b"[]", b'{"job_id": "a", "approvals": []}', b"[" * 100_000):
@@ -425,7 +427,7 @@ def test_damaged_approvals_are_not_replaced(tmp_path, out, baseline):
         assert baseline.storage.read_bytes(key) == data
 
 
-def test_a_copy_that_is_not_what_was_copied_is_not_approved(tmp_path, out, baseline):
+def test_approve_of_copy_that_differs_from_original_is_refused(tmp_path, out, baseline):
     record = write_render(out, tmp_path / "s")
     hooked = HookedStorage(baseline.storage)
 
@@ -442,7 +444,7 @@ def test_a_copy_that_is_not_what_was_copied_is_not_approved(tmp_path, out, basel
 # A process that dies
 
 
-def test_a_process_that_dies_at_any_step_leaves_a_whole_baseline(tmp_path, out):
+def test_approve_killed_at_any_step_leaves_whole_baseline(tmp_path, out):
     """At the sixth approval, so that files of the oldest are removed too."""
     prepared = tmp_path / "prepared"
     for number in range(1, 6):
@@ -473,7 +475,7 @@ def test_a_process_that_dies_at_any_step_leaves_a_whole_baseline(tmp_path, out):
     assert seen == {"who 5", "who 6"}
 
 
-def test_what_a_killed_process_was_writing_is_removed(tmp_path, out, baseline):
+def test_approve_removes_staged_file_of_killed_process(tmp_path, out, baseline):
     record = write_render(out, tmp_path / "s")
     folder = baseline.storage.path / job_prefix(name_job(record)) / "0123456789abcdef"
     folder.mkdir(parents=True)
@@ -503,8 +505,8 @@ def run_until(folder: Path, prepared: Path, out: Storage, record: ResultRecord, 
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_an_error_at_the_approval_s_write_leaves_no_files_or_a_whole_render(tmp_path, out, baseline, moment):
-    """Before it: the store is away. After it: the answer is lost."""
+def test_approve_with_error_at_write_leaves_no_files_or_whole_render(tmp_path, out, baseline, moment):
+    """Before the write the store is unavailable; after it the answer is lost."""
     record = write_render(out, tmp_path / "s")
     hooked = HookedStorage(baseline.storage)
 
@@ -521,7 +523,7 @@ def test_an_error_at_the_approval_s_write_leaves_no_files_or_a_whole_render(tmp_
         assert standing(baseline, record, tmp_path / "f")[0] == "anna"
 
 
-def test_files_that_cannot_be_removed_are_noted(tmp_path, out, baseline):
+def test_approve_with_files_that_cannot_be_removed_notes_them(tmp_path, out, baseline):
     def fail(name: str, arguments: Any) -> None:
         if name == "delete":
             raise StorageUnavailable("the store is away")
@@ -535,8 +537,8 @@ def test_files_that_cannot_be_removed_are_noted(tmp_path, out, baseline):
         assert bool(done.notes) == (number == 6)
 
 
-def test_a_lost_answer_counts_as_approved(tmp_path, faulty_s3: FaultyServer, aws_env):
-    """The request is repeated, and refused for its own first try."""
+def test_approve_with_lost_answer_on_s3_counts_as_approved(tmp_path, faulty_s3: FaultyServer, aws_env):
+    """The request is repeated, and the repetition is refused because the first try was written."""
     aws_env(faulty_s3)
     bucket = faulty_s3.make_bucket()
     out, baseline = open_storage(f"s3://{bucket}/out"), Baseline(open_storage(f"s3://{bucket}/baseline"))

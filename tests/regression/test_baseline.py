@@ -41,7 +41,7 @@ def accept(tmp_path: Path, baseline: Baseline) -> Callable[..., JobName]:
     return work
 
 
-def test_the_device_s_own_folder_counts_else_the_newest_of_another(baseline, accept):
+def test_baseline_find_prefers_own_device_then_newest_of_other_devices(baseline, accept):
     cpu, gpu = accept(content="cpu"), accept(content="gpu", **GPU)
     l4 = accept(content="l4", **OTHER_GPU)
     assert [name.device for name in (cpu, gpu, l4)] == ["cpu", "nvidia-h200", "nvidia-l4"]
@@ -56,7 +56,7 @@ def test_the_device_s_own_folder_counts_else_the_newest_of_another(baseline, acc
     assert list(baseline.find([other, unknown, missing, cpu])) == [unknown, cpu]
 
 
-def test_a_draft_of_another_device_counts_where_nothing_better_is(baseline, accept):
+def test_baseline_find_uses_draft_of_other_device_as_last_choice(baseline, accept):
     cpu = accept()
     unknown = cpu._replace(device="nvidia-b200")
     gpu = accept(draft=True, **GPU)
@@ -67,7 +67,7 @@ def test_a_draft_of_another_device_counts_where_nothing_better_is(baseline, acce
     assert cpu not in baseline.find([cpu])  # removed here: another device's does not count
 
 
-def test_jobs_of_a_device_and_recipe(baseline, accept):
+def test_baseline_jobs_lists_jobs_of_device_and_recipe(baseline, accept):
     names = [accept(job_id) for job_id in ("b", "a", "c")]
     accept("d", **GPU)
     baseline.storage.write_bytes("cpu/fp4-distill/jobs/lost/0123456789abcdef/output.mp4", b"half")
@@ -78,7 +78,7 @@ def test_jobs_of_a_device_and_recipe(baseline, accept):
     assert baseline.find([lost]) == {}
 
 
-def test_other_things_may_lie_in_a_baseline(baseline, accept):
+def test_baseline_with_unrelated_files_ignores_them(baseline, accept):
     cpu = accept()
     for key in ("README.md", "notes/x", "cpu/notes", "cpu/fp4-distill/jobs/README"):
         baseline.storage.write_bytes(key, b"")
@@ -89,7 +89,7 @@ def test_other_things_may_lie_in_a_baseline(baseline, accept):
 
 
 @pytest.mark.parametrize("png", [False, True], ids=["mp4", "png"])
-def test_damage_is_seen(tmp_path, baseline, accept, png):
+def test_baseline_job_with_damaged_files_is_unreadable(tmp_path, baseline, accept, png):
     name = accept(png=png)
 
     def look():
@@ -123,14 +123,14 @@ def test_damage_is_seen(tmp_path, baseline, accept, png):
             look().fetch(tmp_path / "f")
 
 
-def test_frames_come_in_order(tmp_path, baseline, accept):
+def test_baseline_job_fetch_returns_frames_in_order(tmp_path, baseline, accept):
     name = accept(png=True)
     paths = baseline.find([name])[name].fetch(tmp_path / "f")
     assert [path.name for path in paths] == ["000000.png", "000001.png", "000002.png"]
     assert [path.read_bytes() for path in paths] == [b"first 0", b"first 1", b"first 2"]
 
 
-def test_an_approval_that_cannot_be_read_stops_the_search(baseline, accept):
+def test_baseline_find_with_unreadable_approval_raises(baseline, accept):
     name = accept()
     baseline.storage.write_bytes(approvals_key(name), b"{")
     with pytest.raises(InputUnreadable, match="not a list of approvals"):
@@ -146,10 +146,10 @@ def test_an_approval_that_cannot_be_read_stops_the_search(baseline, accept):
         Baseline(hooked).find([name])
 
 
-def test_a_search_lists_each_recipe_once_and_reads_one_object_a_job(
+def test_baseline_find_lists_each_recipe_once_and_reads_one_object_per_job(
     tmp_path: Path, faulty_s3: FaultyServer, aws_env: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not one request for a job that is not there, nor one for what the folders hold."""
+    """Missing jobs and the contents of the folders cost no request."""
     aws_env(faulty_s3)
     storage: Storage = open_storage(f"s3://{faulty_s3.make_bucket()}/baseline")
     local = Baseline(LocalStorage(tmp_path / "local"))

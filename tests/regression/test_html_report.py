@@ -34,11 +34,11 @@ def write(comparison: NightComparison, folder: Path, evidence=(), embed_bytes: i
     return ParsedPage((folder / "report.html").read_text(encoding="utf-8"))
 
 
-def test_every_verdict_is_explained_in_the_order_of_the_findings():
+def test_verdicts_are_explained_in_order_of_findings():
     assert tuple(VERDICTS) == get_args(Verdict)
 
 
-def test_counts_environment_command_and_jobs_in_order(tmp_path):
+def test_write_html_shows_counts_environment_command_and_jobs_in_order(tmp_path):
     jobs = [make_finding(verdict) for verdict in VERDICTS] + [make_finding("identical", f"same-{i}") for i in range(3)]
     comparison = make_comparison(jobs)
     page = write(comparison, tmp_path)
@@ -54,7 +54,7 @@ def test_counts_environment_command_and_jobs_in_order(tmp_path):
     assert set(chips) == {"", *VERDICTS}
 
 
-def test_a_changed_job_shows_reasons_numbers_curves_and_history(tmp_path):
+def test_changed_job_shows_reasons_numbers_curves_and_history(tmp_path):
     page = write(make_comparison([make_finding("broken")]), tmp_path)
     for text in (
         "The worst frame, 33, has a PSNR of 24.6 dB; the limit is 30 dB.",
@@ -80,20 +80,20 @@ def test_a_changed_job_shows_reasons_numbers_curves_and_history(tmp_path):
     assert str(psnr["d"]).removesuffix("h0").removeprefix("M") in str(line)  # the mark is on the curve
 
 
-def test_a_night_without_changes_says_so(tmp_path):
+def test_html_report_without_changes_says_no_job_needs_look(tmp_path):
     page = write(make_comparison([make_finding("identical")], approve="", environment=[], exit_code=0), tmp_path)
     assert "No job of 1 needs a look" in page.text
     assert "Accept new and changed" not in page.text
     assert page.of("article") == []
 
 
-def test_a_night_that_cannot_be_judged_says_so(tmp_path):
+def test_html_report_without_limits_says_none_are_known(tmp_path):
     jobs = [make_finding("uncalibrated", "a"), make_finding("identical", "b")]
     page = write(make_comparison(jobs, exit_code=0), tmp_path)
     assert "1 of 2 jobs differs; no limits are known for it" in page.text
 
 
-def test_the_page_names_nothing_outside_itself(tmp_path):
+def test_html_report_has_no_external_resources(tmp_path):
     finding = make_finding("broken")
     page = write(make_comparison([finding]), tmp_path, [indexed_evidence(tmp_path, finding)])
     for tag, attributes in page.elements:
@@ -107,7 +107,7 @@ def test_the_page_names_nothing_outside_itself(tmp_path):
         assert "@import" not in text
 
 
-def test_the_policy_allows_the_page_s_own_script_and_style_alone(tmp_path):
+def test_html_report_policy_allows_only_own_script_and_style(tmp_path):
     finding = make_finding("broken")
     page = write(make_comparison([finding]), tmp_path, [indexed_evidence(tmp_path, finding)])
     rules = policy(page)
@@ -124,7 +124,7 @@ def test_the_policy_allows_the_page_s_own_script_and_style_alone(tmp_path):
     assert {attributes["type"] for attributes, _ in page.blocks if attributes} == data  # nothing that runs
 
 
-def test_foreign_text_stays_text(tmp_path):
+def test_hostile_text_in_html_report_stays_text(tmp_path):
     jobs = [make_finding(verdict) for verdict in VERDICTS]
     plain = write(make_comparison(jobs), tmp_path)
     fields = dict.fromkeys(("text", "error", "approved", "device", "recipe", "run_id", "baseline_run_id"), HOSTILE)
@@ -139,7 +139,7 @@ def test_foreign_text_stays_text(tmp_path):
     assert """<img src=x onerror=alert(1)> ' " ` | &""" in page.text
 
 
-def test_hostile_reasons_of_missing_pictures_and_videos_stay_text(tmp_path):
+def test_hostile_reason_of_missing_picture_stays_text(tmp_path):
     finding = make_finding("broken")
     evidence = JobEvidence(finding, left_out={HOSTILE: HOSTILE})
     page = write(make_comparison([finding]), tmp_path, [evidence])
@@ -147,7 +147,7 @@ def test_hostile_reasons_of_missing_pictures_and_videos_stay_text(tmp_path):
     assert f"No {HOSTILE[:20]}" in page.text
 
 
-def test_small_videos_are_embedded_whole(tmp_path):
+def test_small_videos_are_embedded_in_html_report(tmp_path):
     finding = make_finding("broken")
     evidence = indexed_evidence(tmp_path, finding)
     page = write(make_comparison([finding]), tmp_path, [evidence])
@@ -163,7 +163,7 @@ def test_small_videos_are_embedded_whole(tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 3 * 2**18 - 1, 3 * 2**18 + 1, 2_000_001])
-def test_base64_written_in_chunks_is_one_text(tmp_path, size):
+def test_embedded_video_of_any_size_is_one_valid_base64_text(tmp_path, size):
     data = bytes(index * 7 % 251 for index in range(size))
     (tmp_path / "clip.mp4").write_bytes(data)
     finding = make_finding("new")
@@ -173,14 +173,14 @@ def test_base64_written_in_chunks_is_one_text(tmp_path, size):
     assert base64.b64decode(text, validate=True) == data
 
 
-def test_the_page_can_be_used_before_its_videos_have_arrived(tmp_path):
+def test_html_report_puts_script_before_embedded_videos(tmp_path):
     findings = [make_finding("broken", f"job-{number}") for number in range(2)]
     page = write(make_comparison(findings), tmp_path, [indexed_evidence(tmp_path, finding) for finding in findings])
     kinds = [attributes.get("type", "script") for attributes, text in page.blocks][1:]  # the first is the style
     assert kinds == ["application/json"] * 2 + ["script"] + ["text/plain"] * 4
 
 
-def test_larger_videos_are_linked_and_the_policy_names_their_origins_alone(tmp_path):
+def test_large_videos_are_linked_and_policy_allows_only_their_origins(tmp_path):
     finding = make_finding("broken")
     made = indexed_evidence(tmp_path, finding)
     urls = {"baseline": "https://user:pw@renders.example:8443/b.mp4?sig=a;b", "new": "jobs/x/output.mp4"}
@@ -209,7 +209,7 @@ def test_larger_videos_are_linked_and_the_policy_names_their_origins_alone(tmp_p
         "https://[broken/x.mp4",
     ],
 )
-def test_an_address_that_is_none_of_a_video_is_not_linked(tmp_path, url):
+def test_video_with_unusable_url_is_not_linked(tmp_path, url):
     finding = make_finding("new")
     evidence = JobEvidence(finding, videos={"new": VideoLink(Fraction(25), 9, (48, 64), url=url)})
     page = write(make_comparison([finding]), tmp_path, [evidence])
@@ -218,14 +218,14 @@ def test_an_address_that_is_none_of_a_video_is_not_linked(tmp_path, url):
     assert policy(page)["media-src"] == ["data:", "blob:"]
 
 
-def test_a_video_too_large_without_an_address_is_named(tmp_path):
+def test_large_video_without_url_is_reported_as_left_out(tmp_path):
     finding = make_finding("broken")
     page = write(make_comparison([finding]), tmp_path, [indexed_evidence(tmp_path, finding)], embed_bytes=10)
     assert page.of("video") == []
     assert "No baseline video: it is too large to embed" in page.text
 
 
-def test_the_page_stays_small_enough_for_a_browser(tmp_path, monkeypatch):
+def test_html_report_at_page_limit_embeds_no_more_videos(tmp_path, monkeypatch):
     findings = [make_finding("broken", f"job-{number}") for number in range(3)]
     evidence = [indexed_evidence(tmp_path, finding, frames=4) for finding in findings]
     sizes = sum(link.file.stat().st_size for made in evidence[:2] for link in made.videos.values())
@@ -237,8 +237,8 @@ def test_the_page_stays_small_enough_for_a_browser(tmp_path, monkeypatch):
     assert "No new video: it is too large to embed" in page.text
 
 
-def test_evidence_is_taken_job_by_job_and_never_held(tmp_path):
-    """80 jobs of 1 MB each go through in a fraction of their bytes."""
+def test_write_html_of_many_jobs_keeps_memory_small(tmp_path):
+    """A report of 80 jobs of 1 MB each needs a fraction of their bytes in memory."""
     findings = [make_finding("changed", f"job-{number:03d}") for number in range(80)]
     clip = tmp_path / "clip.mp4"
     clip.write_bytes(bytes(2**20))
@@ -262,7 +262,7 @@ def test_evidence_is_taken_job_by_job_and_never_held(tmp_path):
     assert peak < 20 * 2**20
 
 
-def test_evidence_out_of_order_is_refused_and_leaves_nothing(tmp_path):
+def test_write_html_with_evidence_out_of_order_raises_and_leaves_no_file(tmp_path):
     first, second = make_finding("broken", "a"), make_finding("broken", "b")
     evidence = [JobEvidence(second), JobEvidence(first)]
     with pytest.raises(ValueError, match="'a' is not in the order"):
@@ -270,7 +270,7 @@ def test_evidence_out_of_order_is_refused_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_write_html_with_denied_write_keeps_old_file(tmp_path, monkeypatch):
     (tmp_path / "report.html").write_text("old")
 
     def refuse(*_: object) -> None:
@@ -290,7 +290,7 @@ def long_values(frames: int, worst: int) -> FrameValues:
 
 
 @pytest.mark.parametrize(("frames", "worst"), [(2, 1), (499, 0), (5_000, 4_999), (10_007, 5_000)])
-def test_a_long_curve_keeps_its_worst_frame(tmp_path, frames, worst):
+def test_curve_of_many_frames_keeps_worst_frame(tmp_path, frames, worst):
     measured = Measurements(
         frames_baseline=frames, frames_new=frames, frames_compared=frames, psnr=long_values(frames, worst)
     )
@@ -304,7 +304,7 @@ def test_a_long_curve_keeps_its_worst_frame(tmp_path, frames, worst):
     assert all(0 <= x <= 1000 and 0 <= y <= 100 for x, y in points)
 
 
-def test_equal_frames_do_not_flatten_the_curve(tmp_path):
+def test_curve_with_equal_frames_is_cut_at_60_db(tmp_path):
     """PSNR of equal frames is 100 dB; the curve ends at 60 and says so."""
     values = [100.0] * 50 + [34.0] * 10
     metric = FrameValues(mean=89.0, p5=34.0, worst=34.0, worst_frame=50, values=values)
@@ -315,7 +315,7 @@ def test_equal_frames_do_not_flatten_the_curve(tmp_path):
     assert str(line["d"]).startswith("M0 0 ")
 
 
-def test_a_value_that_json_has_not_is_no_value(tmp_path):
+def test_nan_in_measurements_becomes_null_in_html_report(tmp_path):
     metric = FrameValues.model_construct(mean=1.0, p5=1.0, worst=1.0, worst_frame=0, values=[1.0, float("inf"), 2.0])
     measured = Measurements(frames_baseline=3, frames_new=3, frames_compared=3).model_copy(update={"psnr": metric})
     finding = make_finding("changed").model_copy(update={"measurements": measured})
@@ -324,7 +324,7 @@ def test_a_value_that_json_has_not_is_no_value(tmp_path):
     assert json.loads(data, parse_constant=pytest.fail)["psnr"] == [1.0, None, 2.0]
 
 
-def test_every_style_that_the_templates_name_is_in_the_sheet_or_the_script():
+def test_template_classes_are_all_in_style_sheet_or_script():
     folder = Path(html_report.__file__).parent / "templates"
     named = set()
     for template in folder.glob("*.html"):
@@ -342,8 +342,8 @@ def test_every_style_that_the_templates_name_is_in_the_sheet_or_the_script():
         ("runner/verbs/report_templates", {"run_report.html", "run_report.css", "jobs.js"}),
     ],
 )
-def test_the_package_has_its_templates(tmp_path, folder, some):
-    """Built as a wheel is: the files that setuptools copies into the package."""
+def test_package_contains_template_files(tmp_path, folder, some):
+    """The files that setuptools copies into the package when it builds a wheel."""
     names = {path.name for path in (ROOT / folder).iterdir()}
     assert some <= names
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

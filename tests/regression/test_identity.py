@@ -78,7 +78,7 @@ def faces(face_networks: Path) -> MetricNetworks:  # noqa: F811
     return found
 
 
-def test_another_person_is_found_by_the_face_distance(faces: MetricNetworks) -> None:
+def test_face_distance_finds_other_person(faces: MetricNetworks) -> None:
     baseline, where = moved(astronaut(), ASTRONAUT_BOX, 4)
     brighter = Video([np.clip(p.astype(int) + 20, 0, 255).astype(np.uint8) for p in baseline.pictures])
     same = measure_identity(brighter, baseline, where, where, networks=faces, at=range(4))
@@ -94,7 +94,7 @@ def test_another_person_is_found_by_the_face_distance(faces: MetricNetworks) -> 
     assert set(found.why) == {"cosine", "lpips"}
 
 
-def test_the_worst_window_of_faces_is_named(faces: MetricNetworks) -> None:
+def test_face_worst_names_worst_window(faces: MetricNetworks) -> None:
     """Two frames of eight show another person: the mean hides it, the window does not."""
     baseline, where = moved(astronaut(), ASTRONAUT_BOX, 8)
     picture, box = other_people(1)[0]
@@ -112,10 +112,10 @@ def test_the_worst_window_of_faces_is_named(faces: MetricNetworks) -> None:
 @pytest.mark.parametrize(
     ("side", "measured", "gated"), [(31, False, False), (32, True, False), (63, True, False), (64, True, True)]
 )
-def test_small_faces_are_not_measurable_or_never_gated(
+def test_face_distance_of_small_face_is_not_measured_or_not_gated(
     faces: MetricNetworks, side: int, measured: bool, gated: bool
 ) -> None:
-    """By the smaller face of both videos."""
+    """The smaller face of the two videos decides."""
     large = Video([astronaut()])
     small = Video([astronaut()])
     x, y = ASTRONAUT_BOX[:2]
@@ -128,7 +128,7 @@ def test_small_faces_are_not_measurable_or_never_gated(
     assert (f"below {FACE_GATED}" in found.why.get("face_gate", "")) == (measured and not gated)
 
 
-def test_what_is_not_there_is_said(faces: MetricNetworks, tmp_path: Path) -> None:
+def test_measure_identity_names_what_is_missing(faces: MetricNetworks, tmp_path: Path) -> None:
     none = MetricNetworks.open(None)
     assert (none.encoder, none.lpips, none.faces) == (None, None, None) and faces.faces is not None
     video = Video([astronaut()])
@@ -148,19 +148,19 @@ def test_what_is_not_there_is_said(faces: MetricNetworks, tmp_path: Path) -> Non
     assert "no examined frame shows a face with high confidence" in found.why["face_distance"]
 
 
-def test_without_dlib_the_extra_is_named(face_networks: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_metric_networks_without_dlib_name_extra(face_networks: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setitem(__import__("sys").modules, "dlib", None)
     assert "[faces]" in MetricNetworks.open(face_networks.parent).why["face_distance"]
 
 
-def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
+def test_metric_networks_with_damaged_lpips_file_raise_weights_corrupt(tmp_path: Path) -> None:
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics/lpips-alex.safetensors").write_bytes(b"half")
     with pytest.raises(WeightsCorrupt):
         MetricNetworks.open(tmp_path)
 
 
-def test_lpips_names_the_worst_of_the_frames_looked_at(tmp_path: Path) -> None:
+def test_lpips_names_worst_of_examined_frames(tmp_path: Path) -> None:
     (tmp_path / "metrics").mkdir()
     save_file(random_weights(), tmp_path / "metrics/lpips-alex.safetensors")
     networks = MetricNetworks.open(tmp_path)
@@ -195,7 +195,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_random_image_encoder_measures_nothing(store: Path) -> None:
+def test_image_encoder_with_random_weights_is_not_used(store: Path) -> None:
     why = MetricNetworks.open(store).why["cosine"]
     assert "not trained" in why and "parameters" in why
 
@@ -219,7 +219,7 @@ def by_the_library(encoder: ImageEncoder, picture: np.ndarray) -> torch.Tensor:
         return CLIPVisionModel.from_pretrained(encoder.folder)(pixel_values=pixels).pooler_output[0]
 
 
-def test_the_cosine_is_of_the_person_s_box(encoder: ImageEncoder) -> None:
+def test_cosine_is_of_box_of_person(encoder: ImageEncoder) -> None:
     networks = MetricNetworks(encoder=encoder)
     picture, box = astronaut(), (100, 20, 381, 441)
     changed = picture.copy()
@@ -243,7 +243,7 @@ def test_the_cosine_is_of_the_person_s_box(encoder: ImageEncoder) -> None:
     )
 
 
-def test_an_image_encoder_with_a_tensor_missing_is_refused(encoder: ImageEncoder, tmp_path: Path) -> None:
+def test_image_encoder_with_missing_tensor_is_refused(encoder: ImageEncoder, tmp_path: Path) -> None:
     shutil.copytree(encoder.folder, tmp_path / "image_encoder")
     file = tmp_path / "image_encoder/model.safetensors"
     tensors = load_file(file)
@@ -257,7 +257,7 @@ def test_an_image_encoder_with_a_tensor_missing_is_refused(encoder: ImageEncoder
         ImageEncoder.open(tmp_path / "image_encoder")
 
 
-def test_boxes_are_found_by_time_and_at_the_video_s_size(faces: MetricNetworks) -> None:
+def test_boxes_are_matched_by_time_and_scaled_to_video_size(faces: MetricNetworks) -> None:
     """The output has twice the rate and twice the size of its boxes; as PNG frames, it does not know its rate."""
     small, where = moved(resized(astronaut(), 0.5), [end / 2 for end in ASTRONAUT_BOX], 3)
     twice = [p for p in (cv2.resize(f, None, fx=2, fy=2) for f in small.pictures) for _ in range(2)][:-1]
@@ -287,7 +287,7 @@ def test_frames_to_look_at_are_few_and_in_order(frames: int, joints: list[int], 
         assert len([i for i in found if i < frames / 2]) >= 2 and len([i for i in found if i >= frames / 2]) >= 2
 
 
-def test_frames_of_a_short_clip_are_all_looked_at() -> None:
+def test_frames_to_look_at_of_short_clip_are_all_frames() -> None:
     assert frames_to_look_at(7, [3], [6]) == list(range(7))
     assert frames_to_look_at(1000, [500], [3], most=6) == [3, 83, 166, 499, 500, 833]
     many = frames_to_look_at(1000, range(100, 1000, 100), [7])
@@ -297,8 +297,8 @@ def test_frames_of_a_short_clip_are_all_looked_at() -> None:
 
 @pytest.mark.real
 @pytest.mark.skipif(not MAN.is_file(), reason="the shared folder of real models and clips is not here")
-def test_real_people_are_told_apart(faces: MetricNetworks, face_networks: Path) -> None:  # noqa: F811
-    """A man's face at three sizes: always himself where it can be measured, and never a woman."""
+def test_face_distance_tells_real_people_apart(faces: MetricNetworks, face_networks: Path) -> None:  # noqa: F811
+    """A man's face at three sizes matches itself where it can be measured, and never a woman's."""
     from runner.preprocess.prepare import Preprocessor
     from runner.spec.options import JobOptions
     from runner.video import VideoReader

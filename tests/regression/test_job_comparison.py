@@ -75,7 +75,7 @@ def compare(new: Side, baseline: Side, scratch: Path, limits: RegressionLimits =
     return JobComparison(**how).compare(finding, new, baseline, scratch / "job", given=limits, calibrated=None)
 
 
-def test_equal_frames_read_no_video_and_no_list_of_digests(scene, side, tmp_path):
+def test_job_comparison_of_equal_frames_reads_no_video_and_no_digests(scene, side, tmp_path):
     new, baseline = side(scene, "new"), side(scene, "baseline")
     finding, evidence = compare(new, baseline, tmp_path)
     assert new.lists_read == baseline.lists_read == 0
@@ -83,7 +83,7 @@ def test_equal_frames_read_no_video_and_no_list_of_digests(scene, side, tmp_path
     assert new.fetched == baseline.fetched == [] and finding.joints == [JOINT]
 
 
-def test_the_first_frame_that_differs_is_named_by_its_digest(scene, side, tmp_path):
+def test_job_comparison_names_first_differing_frame_by_digest(scene, side, tmp_path):
     changed = scene.copy()
     changed[7, 0, 0, 0] ^= 1
     changed[20, 0, 0, 0] ^= 1
@@ -122,7 +122,7 @@ DEFECTS = {
 
 @pytest.mark.parametrize("defect", DEFECTS)
 @pytest.mark.parametrize("listed", [True, False], ids=["digests", "no digests"])
-def test_each_defect_is_found_and_named(scene, side, tmp_path, defect, listed):
+def test_job_comparison_finds_and_names_each_defect(scene, side, tmp_path, defect, listed):
     change, metrics, sentence = DEFECTS[defect]
     baseline = side(scene, "baseline")
     limits = LIMITS.model_copy(update={"joint_drift_max": 0.3})
@@ -135,28 +135,28 @@ def test_each_defect_is_found_and_named(scene, side, tmp_path, defect, listed):
     assert any(sentence in note for note in finding.notes), finding.notes
 
 
-def test_another_crf_of_other_noise_breaks_nothing(scene, side, tmp_path):
-    """What no eye sees has no sentence either."""
+def test_job_comparison_of_other_noise_is_changed_and_not_broken(scene, side, tmp_path):
+    """A difference that is not visible has no note."""
     noisy = make_scene(FRAMES, **SIZE, seed=1)
     finding, _ = compare(side(noisy, "new"), side(scene, "baseline"), tmp_path)
     assert finding.verdict == "changed" and finding.notes == []
     assert finding.measurements.psnr.worst > 35
 
 
-def test_older_records_without_digests_are_compared_as_videos(scene, side, tmp_path):
+def test_record_without_digests_is_compared_as_video(scene, side, tmp_path):
     old = side(scene, "baseline", output={"frames_hash": None, "frames_sha256": "of another kind"})
     old.listed = None
     finding, _ = compare(side(scene, "new"), old, tmp_path)
     assert finding.verdict == "identical" and "too old to have per-frame digests" in finding.notes[0]
 
 
-def test_png_frames_are_compared_with_an_mp4(scene, side, tmp_path):
+def test_png_frames_are_compared_with_mp4(scene, side, tmp_path):
     finding, _ = compare(side(shifted(scene), "new", png=True), side(scene, "baseline"), tmp_path)
     assert finding.measurements.psnr.worst_frame == 9
 
 
 @pytest.mark.parametrize("mine", [True, False])
-def test_a_video_that_cannot_be_read_is_whose_it_is(scene, side, tmp_path, mine):
+def test_unreadable_video_is_failed_if_new_and_broken_if_baseline(scene, side, tmp_path, mine):
     new, baseline = side(shifted(scene), "new"), side(scene, "baseline")
     (new if mine else baseline).fails = InputUnreadable("is damaged", where="there")
     finding, _ = compare(new, baseline, tmp_path)
@@ -170,7 +170,7 @@ def test_a_video_that_cannot_be_read_is_whose_it_is(scene, side, tmp_path, mine)
 # -- evidence ----------------------------------------------------------------------------------------------------------
 
 
-def test_evidence_shows_the_worst_frame_with_what_was_rendered_from(scene, side, tmp_path):
+def test_evidence_shows_worst_frame_with_inputs(scene, side, tmp_path):
     driver = write_mp4(tmp_path / "driver.mp4", make_scene(FRAMES, seed=5))
     from PIL import Image
 
@@ -193,7 +193,7 @@ def test_evidence_shows_the_worst_frame_with_what_was_rendered_from(scene, side,
     assert all(link.file.suffix == ".mp4" and link.frames == FRAMES for _, _, link in kept)
 
 
-def test_inputs_that_are_gone_are_left_out_and_named(scene, side, tmp_path):
+def test_missing_inputs_are_left_out_of_evidence_and_named(scene, side, tmp_path):
     inputs = {"reference": InputRecord(uri=str(tmp_path / "gone.png"), bytes=1, identity="x")}
     new = side(shifted(scene), "new", inputs=inputs, png=True)
     _, evidence = compare(new, side(scene, "baseline"), tmp_path, keep_video=lambda job, which, link: link)
@@ -202,7 +202,7 @@ def test_inputs_that_are_gone_are_left_out_and_named(scene, side, tmp_path):
     assert evidence.videos["new"].file.suffix == ".mp4"  # of the PNG frames one is made
 
 
-def test_a_job_without_a_baseline_is_shown(scene, side, tmp_path):
+def test_show_new_of_job_without_baseline_has_picture_and_video(scene, side, tmp_path):
     comparison = JobComparison(keep_video=lambda job, which, link: link)
     finding = JobFinding(id="a", verdict="new", text="")
     finding, evidence = comparison.show_new(finding, side(scene, "new"), tmp_path / "job")

@@ -58,46 +58,46 @@ def differing(**more: object) -> JobFinding:
     return finding(first_frame=1, frames_differing=2, **more)
 
 
-def test_equal_frames_are_identical_whatever_the_limits_say():
+def test_equal_frames_are_identical_with_any_limits():
     for limits in (NONE, DEFAULTS):
         found = verdict_of(finding(exact=True), given_limits=limits)
         assert (found.verdict, found.breaches, found.text) == ("identical", [], "all 3 frames are the same")
 
 
-def test_other_frames_of_the_same_environment_are_broken_and_the_first_is_named():
+def test_differing_frames_of_same_environment_are_broken_and_first_is_named():
     found = verdict_of(differing(exact=True, measurements=measured()), calibrated=DEFAULTS)
     assert found.verdict == "broken"
     assert [breach.metric for breach in found.breaches] == ["same_frames"] and found.breaches[0].frame == 1
     assert found.text.startswith("2 of 3 frames differ, the first is frame 1, although device, compute")
 
 
-def test_what_was_asked_otherwise_is_said_instead():
+def test_differing_request_is_named_in_place_of_environment():
     found = verdict_of(differing(exact=True, differences=["options.seed: 42 → 43"]), calibrated=DEFAULTS)
     assert found.text == "2 of 3 frames differ, the first is frame 1; the request differs: options.seed: 42 → 43"
 
 
-def test_another_environment_is_judged_by_metric():
+def test_frames_of_other_environment_are_judged_by_metric():
     found = verdict_of(differing(measurements=measured()), calibrated=DEFAULTS)
     assert found.verdict == "changed" and found.text == "2 of 3 frames differ, the first is frame 1, within the limits"
 
 
-def test_a_manifest_may_allow_other_frames_in_the_same_environment():
+def test_limit_same_frames_false_allows_differing_frames():
     allow = RegressionLimits(same_frames=False)
     assert verdict_of(differing(exact=True, measurements=measured()), given_limits=allow).verdict == "changed"
 
 
-def test_a_manifest_with_any_limit_asks_for_the_same_frames():
+def test_manifest_with_any_limit_requires_same_frames():
     some = RegressionLimits(psnr_min=20)
     found = verdict_of(differing(exact=True, measurements=measured()), given_limits=some)
     assert [breach.metric for breach in found.breaches] == ["same_frames"]
 
 
-def test_without_limits_nothing_is_judged():
+def test_verdict_without_limits_is_uncalibrated():
     found = verdict_of(differing(exact=True, measurements=measured(psnr=5)))
     assert found.verdict == "uncalibrated" and "not calibrated" in found.text
 
 
-def test_each_limit_names_its_metric_and_frame():
+def test_breach_of_each_limit_names_metric_and_frame():
     cases = {
         "psnr_min": measured(psnr=29.9),
         "ssim_min": measured(ssim=0.5),
@@ -126,14 +126,14 @@ def test_each_limit_names_its_metric_and_frame():
         assert verdict_of(differing(measurements=passing), given_limits=limits).verdict == "changed"
 
 
-def test_a_limit_whose_metric_could_not_be_had_is_broken():
+def test_limit_with_unmeasured_metric_is_broken():
     limits = RegressionLimits(identity_min=0.8)
     for identity, why in ((None, "give --models"), (Identity(why={"cosine": "no people.json"}), "no people.json")):
         found = verdict_of(differing(measurements=measured(identity=identity)), given_limits=limits)
         assert [breach.metric for breach in found.breaches] == ["identity_min"] and why in found.text
 
 
-def test_another_form_needs_no_limit():
+def test_output_of_other_size_frames_or_rate_is_broken_without_limits():
     for update, metric in (
         ({"width": 80}, "size"),
         ({"frames": 4}, "frames"),
@@ -143,7 +143,7 @@ def test_another_form_needs_no_limit():
         assert [breach.metric for breach in verdict_of(finding(), new=new).breaches] == [metric]
 
 
-def test_a_slower_stage_breaks_identical_frames_too():
+def test_slower_stage_breaks_identical_frames():
     slow = PerformanceFinding(
         name="seconds: denoise", unit="s", new=9.0, median=2.0, nights=5, ratio=4.5, verdict="slower"
     )
@@ -155,7 +155,7 @@ def test_a_slower_stage_breaks_identical_frames_too():
     assert verdict_of(finding(performance=[few]), calibrated=DEFAULTS).verdict == "identical"
 
 
-def test_limits_of_a_job_go_over_the_defaults():
+def test_limits_of_job_override_defaults():
     loose = RegressionLimits(psnr_min=10)
     found = verdict_of(differing(measurements=measured(psnr=15, ssim=0.5)), given_limits=loose, calibrated=DEFAULTS)
     assert [breach.metric for breach in found.breaches] == ["ssim_min"]
@@ -164,7 +164,7 @@ def test_limits_of_a_job_go_over_the_defaults():
 # -- exactness ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_environment_decides_whether_frames_must_be_equal():
+def test_is_exact_only_in_same_environment():
     assert is_exact(NIGHT, NIGHT)
     for name in ENVIRONMENT:
         other = rendered(digest_list(1), computed_by=ENVIRONMENT | {name: "other"})
@@ -172,31 +172,31 @@ def test_the_environment_decides_whether_frames_must_be_equal():
         assert environment_changes(other, NIGHT) == [f"{name}: {ENVIRONMENT[name]} → other"]
 
 
-def test_our_own_version_is_shown_and_not_compared():
+def test_is_exact_ignores_runner_version():
     other = rendered(digest_list(1), computed_by=ENVIRONMENT | {"version of video-lab-runner": "0.2.0"})
     assert is_exact(other, NIGHT)
     assert environment_changes(other, NIGHT) == ["version of video-lab-runner: none → 0.2.0"]
 
 
-def test_a_record_that_does_not_say_what_computed_it_is_not_exact():
+def test_is_exact_of_record_without_environment_is_false():
     old = rendered(digest_list(1), computed_by={})
     assert not is_exact(old, old) and not is_exact(NIGHT, old)
     assert environment_changes(NIGHT, old) == ["one of the records does not name its environment"]
 
 
-def test_settings_that_changed_are_told_from_the_baseline_to_the_night():
+def test_differences_show_settings_from_baseline_to_night():
     new = rendered(digest_list(1), fingerprint_parts={"options.seed": 43, "model.vae": "a" * 64})
     assert differences(new, NIGHT) == [f"model.vae: none → {'a' * 24}…", "options.seed: 42 → 43"]
 
 
-def test_the_same_frames_at_another_rate_are_another_picture():
+def test_same_picture_with_other_rate_is_false():
     assert same_picture(NIGHT.output, NIGHT.output) is True
     assert same_picture(NIGHT.output.model_copy(update={"fps": "8"}), NIGHT.output) is False
     assert same_picture(NIGHT.output.model_copy(update={"frames_hash": None}), NIGHT.output) is None
 
 
 @given(st.lists(st.integers(0, 2), max_size=8), st.lists(st.integers(0, 2), max_size=8))
-def test_differing_frames_are_counted_from_the_first(new, base):
+def test_digests_differ_gives_first_and_count_of_differing_frames(new, base):
     found = digests_differ(digest_list(*new), digest_list(*base))
     longest = max(len(new), len(base))
     wrong = [i for i in range(longest) if new[i : i + 1] != base[i : i + 1]]
@@ -214,7 +214,7 @@ def with_frames(frames: int, **more: object) -> OutputRecord:
 
 
 @given(st.integers(1, 60), st.sampled_from((5, 9, 13, 17, 41, 77, 81)), st.sampled_from((1, 5)))
-def test_joints_follow_from_the_record_as_the_plan_cut_them(segments, frames, overlap):
+def test_joints_of_record_match_segment_plan(segments, frames, overlap):
     requested = frames + (segments - 1) * (frames - overlap) if frames > overlap else frames
     if frames <= overlap:
         segments = 1
@@ -225,7 +225,7 @@ def test_joints_follow_from_the_record_as_the_plan_cut_them(segments, frames, ov
 
 
 @pytest.mark.parametrize("frames", [49, 50])
-def test_joints_move_with_a_stage_that_doubles_the_frames(frames):
+def test_joints_of_record_with_doubled_frames_are_doubled(frames):
     """Of 25 generated frames; the ninth and the seventeenth are generated ones too."""
     efficiency = in_segments(3, 9, 1, 25)
     assert joints_of(efficiency, with_frames(frames, fps="32", generated_fps="16")) == [18, 34]
@@ -234,14 +234,14 @@ def test_joints_move_with_a_stage_that_doubles_the_frames(frames):
 
 
 @pytest.mark.parametrize("efficiency", [None, in_segments(1, 21, 0, 21)])
-def test_one_segment_has_no_joint(efficiency):
+def test_joints_of_record_with_one_segment_are_none(efficiency):
     assert joints_of(efficiency, with_frames(21)) == []
 
 
 # -- the exit code -----------------------------------------------------------------------------------------------------
 
 
-def test_the_worst_verdict_decides_the_exit_code():
+def test_exit_code_of_verdicts_is_that_of_worst_verdict():
     assert exit_code_of_verdicts([]) == 0
     assert {verdict: exit_code_of_verdicts([verdict, "identical"]) for verdict in ORDER} == {
         "broken": 4,

@@ -70,7 +70,7 @@ def by_the_formula(weights: dict[str, np.ndarray], one: np.ndarray, other: np.nd
     return total
 
 
-def test_it_is_the_formula(weights: dict[str, np.ndarray], network: Lpips) -> None:
+def test_lpips_distance_matches_formula(weights: dict[str, np.ndarray], network: Lpips) -> None:
     random = np.random.default_rng(1)
     one = random.integers(0, 256, (64, 70, 3), np.uint8)
     other = np.clip(one.astype(int) + random.integers(-60, 60, one.shape), 0, 255).astype(np.uint8)
@@ -81,7 +81,7 @@ def test_it_is_the_formula(weights: dict[str, np.ndarray], network: Lpips) -> No
     assert network.distance(one, one) == 0
 
 
-def test_what_cannot_be_compared_is_an_error(network: Lpips) -> None:
+def test_lpips_distance_of_unequal_or_small_pictures_raises(network: Lpips) -> None:
     picture = np.zeros((64, 64, 3), np.uint8)
     for wrong in (np.zeros((64, 65, 3), np.uint8), np.zeros((64, 64), np.uint8)):
         with pytest.raises(ValueError, match="64 pixels"):
@@ -90,7 +90,7 @@ def test_what_cannot_be_compared_is_an_error(network: Lpips) -> None:
         network.distance(picture[:63], picture[:63])
 
 
-def test_another_file_is_refused(weights: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_lpips_open_of_missing_or_other_file_is_refused(weights: dict[str, np.ndarray], tmp_path: Path) -> None:
     path = tmp_path / "lpips-alex.safetensors"
     with pytest.raises(WeightsMissing):
         Lpips.open(path)

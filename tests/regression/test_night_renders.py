@@ -19,7 +19,7 @@ def render(request, tmp_path) -> NightRender:
     return NightRender(out, write_render(out, tmp_path / "scratch", png=request.param))
 
 
-def test_a_whole_render_is_fetched_and_has_its_digests(render, tmp_path):
+def test_night_render_that_is_whole_is_fetched_with_digests(render, tmp_path):
     render.check_there()
     assert len(render.digests()) == 3 and render.people() is None
     found = render.fetch(tmp_path / "to")
@@ -28,7 +28,7 @@ def test_a_whole_render_is_fetched_and_has_its_digests(render, tmp_path):
     assert b"".join(path.read_bytes() for path in paths) == b"first 0first 1first 2"
 
 
-def test_sound_beside_frames_is_counted_and_not_taken_for_one(tmp_path):
+def test_night_render_of_frames_with_sound_checks_sound_and_fetches_frames(tmp_path):
     out = open_storage(tmp_path / "out")
     render = NightRender(out, write_render(out, tmp_path / "scratch", png=True, sound=b"tone"))
     render.check_there()
@@ -39,12 +39,12 @@ def test_sound_beside_frames_is_counted_and_not_taken_for_one(tmp_path):
         render.check_there()
 
 
-def test_boxes_are_read_where_they_lie(render):
+def test_night_render_people_reads_file_beside_output(render):
     render.storage.write_bytes(job_key("a", PEOPLE), b"{}")
     assert render.people() == b"{}"
 
 
-def test_an_output_that_is_gone(render, tmp_path):
+def test_night_render_with_missing_output_is_not_found(render, tmp_path):
     for info in list(render.storage.list("jobs/a/")):
         if info.key.startswith(render.output.key):
             render.storage.delete(info.key)
@@ -54,14 +54,14 @@ def test_an_output_that_is_gone(render, tmp_path):
         render.fetch(tmp_path / "to")
 
 
-def test_an_output_of_another_size(render):
+def test_night_render_with_output_of_other_size_is_unreadable(render):
     key = render.output.key if render.output.key.endswith(OUTPUT) else f"{render.output.key}000001.png"
     render.storage.write_bytes(key, b"longer than it was")
     with pytest.raises(InputUnreadable, match="the record says"):
         render.check_there()
 
 
-def test_an_mp4_of_the_same_size_that_is_another(tmp_path):
+def test_night_render_with_other_mp4_of_same_size_fails_at_fetch(tmp_path):
     out = open_storage(tmp_path / "out")
     render = NightRender(out, write_render(out, tmp_path / "scratch"))
     out.write_bytes(render.output.key, b"x" * render.output.bytes)
@@ -70,7 +70,7 @@ def test_an_mp4_of_the_same_size_that_is_another(tmp_path):
         render.fetch(tmp_path / "to")
 
 
-def test_a_frame_that_is_missing(tmp_path):
+def test_night_render_with_missing_frame_is_refused(tmp_path):
     out = open_storage(tmp_path / "out")
     render = NightRender(out, write_render(out, tmp_path / "scratch", png=True))
     out.delete(f"{render.output.key}000001.png")
@@ -80,7 +80,7 @@ def test_a_frame_that_is_missing(tmp_path):
         render.fetch(tmp_path / "to")
 
 
-def test_digests_of_other_frames_are_refused(render):
+def test_night_render_digests_of_other_frame_count_are_refused(render):
     key = job_key("a", FRAME_DIGESTS)
     render.storage.write_bytes(key, b"0" * 64 + b"\n")
     with pytest.raises(InputUnreadable, match="1 digests for 3 frames"):

@@ -61,7 +61,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return open_storage(f"s3://{server.make_bucket()}/baseline")
 
 
-def test_a_job_s_line_has_what_the_record_and_the_finding_tell():
+def test_summarize_job_has_values_of_record_and_finding():
     efficiency = Efficiency(
         frames_requested=33,
         frames_denoised=34,
@@ -101,7 +101,7 @@ def test_a_job_s_line_has_what_the_record_and_the_finding_tell():
     assert summarize_job(record.model_copy(update={"resumed_at_segment": 2})).resumed
 
 
-def test_a_run_on_two_devices_is_two_nights():
+def test_run_on_two_devices_is_two_nights():
     gpu = {"engine": {"device": "cuda"}, "computed_by": {"device": "NVIDIA H200"}}
     records = [
         make_record("a", finished_at="2026-01-01T05:00:00+02:00"),
@@ -117,7 +117,7 @@ def test_a_run_on_two_devices_is_two_nights():
     assert {night.run_id for night in nights} == {"run1"}
 
 
-def test_the_last_nights_are_those_of_the_device_and_recipe(storage):
+def test_last_nights_are_those_of_device_and_recipe(storage):
     for run in (3, 1, 7, 2, 5, 6, 4):
         record_night(storage, make_night(run))
     record_night(storage, make_night(8, recipe="fp4"))
@@ -130,7 +130,7 @@ def test_the_last_nights_are_those_of_the_device_and_recipe(storage):
     assert last_nights(storage, "cpu", "other") == []
 
 
-def test_jobs_recorded_later_are_added_to_the_night_of_their_run(storage):
+def test_record_night_adds_later_jobs_to_night_of_run(storage):
     first = make_night(1, {"a": NightJob(verdict="changed"), "b": NightJob(verdict="changed")})
     second = make_night(1, {"b": NightJob(verdict="identical"), "c": NightJob()}, made_at="2026-01-01T03:00:00+00:00")
     key = record_night(storage, first)
@@ -141,8 +141,8 @@ def test_jobs_recorded_later_are_added_to_the_night_of_their_run(storage):
     assert night.made_at == "2026-01-01T03:00:00+00:00"
 
 
-def test_two_that_record_at_the_same_time_lose_nothing(storage):
-    """The other one writes between the reading and the writing of the first, once."""
+def test_record_night_by_two_at_same_time_loses_nothing(storage):
+    """The other process writes once between the read and the write of the first."""
     hooked, others = HookedStorage(storage), [make_night(1, {"b": NightJob()})]
 
     def interrupt(name: str, arguments: Any) -> None:
@@ -163,7 +163,7 @@ def test_two_that_record_at_the_same_time_lose_nothing(storage):
         record_night(hooked, make_night(1, {"a": NightJob()}))
 
 
-def test_a_damaged_night_is_named(tmp_path):
+def test_damaged_night_file_is_named_in_error(tmp_path):
     storage = LocalStorage(tmp_path)
     key = record_night(storage, make_night(1))
     storage.write_bytes(key, b"{}")
@@ -172,7 +172,7 @@ def test_a_damaged_night_is_named(tmp_path):
             use()
 
 
-def test_the_history_is_read_by_one_listing_and_one_object_a_night(
+def test_last_nights_needs_one_listing_and_one_read_per_night(
     faulty_s3: FaultyServer, aws_env: Callable[..., object]
 ) -> None:
     aws_env(faulty_s3)
@@ -184,7 +184,7 @@ def test_the_history_is_read_by_one_listing_and_one_object_a_night(
     assert len(faulty_s3.requests) == 6
 
 
-def test_a_night_is_written_small():
+def test_night_to_json_is_compact():
     data = make_night(
         1, {f"job{n}": NightJob(verdict="identical", seconds={"denoise": 1.25}) for n in range(100)}
     ).to_json()
@@ -198,7 +198,7 @@ def test_a_night_is_written_small():
 METRICS = {"psnr_worst": 40.0, "ssim_worst": 0.99, "largest_difference": 10, "joint_drift": 0.5, "cosine": 0.98}
 
 
-def test_limits_have_the_stated_margins():
+def test_suggest_limits_uses_documented_margins():
     jobs = {"a": NightJob(verdict="changed", **METRICS), "b": NightJob(verdict="uncalibrated", psnr_worst=44.06)}
     broken = {"a": NightJob(verdict="broken", psnr_worst=12.0), "b": NightJob(verdict="failed", psnr_worst=1.0)}
     found = suggest_limits([make_night(1, jobs), make_night(2, broken)])
@@ -213,7 +213,7 @@ def test_limits_have_the_stated_margins():
     assert set(found.why) == {"psnr_min", "ssim_min", "identity_min", "max_frame_diff", "joint_drift_max"}
 
 
-def test_identical_nights_suggest_the_same_frames():
+def test_suggest_limits_of_identical_nights_is_same_frames():
     equal = {"psnr_worst": 100.0, "ssim_worst": 1.0, "largest_difference": 0, "joint_drift": 0.0}
     limits = suggest_limits([make_night(n, {"a": NightJob(verdict="identical", **equal)}) for n in (1, 2)]).limits
     assert limits.model_dump(exclude_none=True) == {"same_frames": True}
@@ -223,7 +223,7 @@ def test_identical_nights_suggest_the_same_frames():
     assert suggest_limits([]).limits.model_dump(exclude_none=True) == {}
 
 
-def test_factors_come_from_three_nights_or_more_of_the_same_work():
+def test_suggest_limits_gives_factors_only_from_3_nights_of_same_work():
     def night(run: int, seconds: float, nbytes: int, **more: Any) -> Night:
         line = NightJob(verdict="changed", seconds={"denoise": seconds, "pose": 1.0}, memory={"host": nbytes}, **more)
         return make_night(run, {"a": line})
@@ -251,7 +251,7 @@ def test_factors_come_from_three_nights_or_more_of_the_same_work():
         max_size=6,
     )
 )
-def test_every_accepted_job_keeps_the_suggested_limits(jobs):
+def test_suggest_limits_accepts_every_accepted_job(jobs):
     limits = suggest_limits([make_night(1, {f"job{n}": job for n, job in enumerate(jobs)})]).limits
     for job in jobs:
         if job.verdict in ACCEPTED:

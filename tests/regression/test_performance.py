@@ -59,7 +59,7 @@ def judge(new: ResultRecord, *before: ResultRecord, limits: RegressionLimits = L
         (0.0, 0.6, "slower"),
     ],
 )
-def test_a_stage_breaks_by_a_factor_and_by_seconds(before, now, verdict):
+def test_stage_is_slower_only_above_factor_and_seconds(before, now, verdict):
     found = judge(render(9, denoise=now, publish=50.0), *(render(n, denoise=before, publish=50.0) for n in range(1, 6)))
     finding = found["seconds: denoise"]
     assert (finding.verdict, finding.new, finding.median, finding.nights, finding.unit) == (
@@ -74,7 +74,7 @@ def test_a_stage_breaks_by_a_factor_and_by_seconds(before, now, verdict):
     assert found[WHOLE_JOB].verdict == "same"
 
 
-def test_many_small_losses_make_a_slower_job():
+def test_whole_job_with_many_small_losses_is_slower():
     names = [f"stage{n}" for n in range(10)]
     before, now = dict.fromkeys(names, 1.0), dict.fromkeys(names, 1.4)
     found = judge(render(9, **now), render(1, **before))
@@ -94,7 +94,7 @@ def test_many_small_losses_make_a_slower_job():
         (10 * GB, 7 * GB, "better"),
     ],
 )
-def test_memory_breaks_by_a_factor_and_by_bytes(before, now, verdict):
+def test_memory_is_larger_only_above_factor_and_bytes(before, now, verdict):
     found = judge(
         render(9, host=now, stages={"vae_decode": now}),
         *(render(n, host=before, stages={"vae_decode": before}) for n in (1, 2)),
@@ -103,7 +103,7 @@ def test_memory_breaks_by_a_factor_and_by_bytes(before, now, verdict):
         assert (found[name].verdict, found[name].unit, found[name].nights) == (verdict, "bytes", 2)
 
 
-def test_limits_of_the_manifest_count():
+def test_manifest_limits_replace_default_factors():
     strict = RegressionLimits(seconds_max="1.05x", memory_max="1.5x")
     new, old = render(9, denoise=11.0, host=12 * GB), render(1, denoise=10.0, host=10 * GB)
     found, usual = judge(new, old, limits=strict), judge(new, old)
@@ -111,13 +111,13 @@ def test_limits_of_the_manifest_count():
     assert (usual["seconds: denoise"].verdict, usual["memory: host"].verdict) == ("same", "larger")
 
 
-def test_the_median_of_the_last_five_nights_counts():
+def test_stage_is_compared_with_median_of_last_5_nights():
     seconds = (99.0, 99.0, 10.0, 10.0, 30.0, 10.0, 30.0)
     found = judge(render(9, denoise=11.0), *(render(n, denoise=s) for n, s in enumerate(seconds, 1)))
     assert (found["seconds: denoise"].median, found["seconds: denoise"].nights) == (10.0, 5)
 
 
-def test_with_fewer_nights_the_approved_record_is_one_more():
+def test_approved_record_counts_as_night_when_nights_are_few():
     new, approved = render(9, denoise=30.0), render(1, denoise=10.0)
     nights = history(render(2, denoise=20.0), render(3, denoise=21.0))
     (_, finding) = judge_performance(new, nights, LIMITS, baseline=approved)
@@ -146,7 +146,7 @@ def test_with_fewer_nights_the_approved_record_is_one_more():
         ({"steps_s": [1.0, 1.0]}, {"steps_s": [1.0]}, "other work: 1 evaluations → 2 evaluations"),
     ],
 )
-def test_what_cannot_be_compared_is_not_judged(new, old, why):
+def test_render_that_is_not_comparable_is_not_judged(new, old, why):
     newer = render(9, denoise=30.0).model_copy(update=new)
     older = render(1, denoise=10.0).model_copy(update=old)
     (finding,) = judge_performance(newer, history(older), LIMITS)
@@ -154,7 +154,7 @@ def test_what_cannot_be_compared_is_not_judged(new, old, why):
     assert why in finding.why
 
 
-def test_a_stage_is_compared_with_nights_in_which_the_caches_helped_alike():
+def test_stage_is_compared_with_nights_of_same_cache_hits():
     hit, miss = {"pose_cache_hits": 1}, {"pose_cache_misses": 1}
     old = [render(n, pose=0.1, denoise=10.0, caches=hit) for n in (1, 2, 3)]
     new = render(9, pose=8.0, denoise=10.0, caches=miss)
@@ -172,7 +172,7 @@ def test_a_stage_is_compared_with_nights_in_which_the_caches_helped_alike():
     assert WHOLE_JOB not in found  # the stage is gone by a hit, and that is no improvement
 
 
-def test_a_stage_that_is_new_counts_in_the_sum():
+def test_new_stage_is_not_judged_and_counts_in_whole_job():
     found = judge(render(9, denoise=10.0, interpolate=5.0), render(1, denoise=10.0))
     assert found["seconds: interpolate"].verdict == "not judged"
     assert found[WHOLE_JOB].verdict == "slower"
@@ -181,7 +181,7 @@ def test_a_stage_that_is_new_counts_in_the_sum():
 
 
 @given(st.floats(0, 1e5), st.floats(0, 1e5))
-def test_both_must_break(before, now):
+def test_seconds_verdict_is_slower_only_above_factor_and_bound(before, now):
     found = judge(render(9, denoise=now), render(1, denoise=before))
     for name, bound in ((WHOLE_JOB, JOB_BOUND_S), ("seconds: denoise", STAGE_BOUND_S)):
         slower = now > SECONDS_MAX * before and now - before > bound
@@ -189,6 +189,6 @@ def test_both_must_break(before, now):
 
 
 @given(st.integers(0, 1 << 40), st.integers(0, 1 << 40))
-def test_both_must_break_of_memory(before, now):
+def test_memory_verdict_is_larger_only_above_factor_and_bound(before, now):
     finding = judge(render(9, host=now), render(1, host=before))["memory: host"]
     assert (finding.verdict == "larger") == (now > 1.1 * before and now - before > MEMORY_BOUND)
