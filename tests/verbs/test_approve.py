@@ -31,27 +31,27 @@ def approvals(lab: Path, job: str) -> list[dict]:
     return json.loads((lab / f"base/cpu/fp4-distill/jobs/{job}/approved.json").read_bytes())["approvals"]
 
 
-def test_every_job_is_accepted_with_who_when_why_and_which_run(lab):
+def test_approve_records_who_when_why_and_run_of_every_job(lab):
     assert [(row.id, row.action) for row in accept(lab, who="Kim")] == [("anna", "approved"), ("bela", "approved")]
     (one,) = approvals(lab, "anna")
     assert (one["who"], one["why"], one["run_id"]) == ("Kim", "looked at", "20260101T000000Z")
     assert one["out"] == str(lab / "out") and one["when"].startswith("20")
 
 
-def test_accepting_twice_changes_nothing(lab):
+def test_approve_again_changes_nothing(lab):
     accept(lab)
     assert {row.action for row in accept(lab)} == {"unchanged"}
     assert len(approvals(lab, "anna")) == 1
 
 
-def test_globs_choose_jobs(lab):
+def test_approve_with_job_globs_chooses_jobs(lab):
     assert [row.id for row in accept(lab, job=["a*"])] == ["anna"]
     with pytest.raises(ConfigInvalid, match="has no job that fits c"):
         accept(lab, job=["c*"])
     assert fits("anna", ()) and fits("anna", ["x", "a?na"]) and not fits("anna", ["A*"])
 
 
-def test_a_failed_job_is_refused_and_the_others_are_accepted(lab):
+def test_approve_refuses_failed_job_and_accepts_others(lab):
     record = json.loads((lab / "out/jobs/anna/result.json").read_bytes()) | {"status": "failed"}
     record["error"] = {"code": "input.no_person", "message": "no person", "stage": "prepare", "retryable": False}
     (lab / "out/jobs/anna/result.json").write_text(json.dumps(record))
@@ -60,7 +60,7 @@ def test_a_failed_job_is_refused_and_the_others_are_accepted(lab):
     assert accepted.action == "approved"
 
 
-def test_jobs_leave_the_baseline_only_when_asked(lab, tmp_path):
+def test_approve_removes_missing_jobs_only_with_missing_flag(lab, tmp_path):
     accept(lab)
     for path in (lab / "out/jobs/bela").iterdir():
         path.unlink()
@@ -71,12 +71,12 @@ def test_jobs_leave_the_baseline_only_when_asked(lab, tmp_path):
     assert [row.id for row in accept(lab, missing=True)] == ["anna"]
 
 
-def test_what_cannot_be_meant_is_refused_before_anything_is_read(lab):
+def test_approve_with_invalid_flag_is_refused_before_reading(lab):
     for wrong in ({"why": "  "}, {"why": "x" * 2001}, {"who": ""}, {"as_of": "yesterday"}, {"as_of": "2026-01-01"}):
         with pytest.raises(ConfigInvalid, match="--"):
             accept(lab, **wrong)
 
 
-def test_the_approver_is_a_user_of_a_host():
+def test_default_approver_is_user_at_host():
     user, _, host = default_approver().partition("@")
     assert user and host

@@ -55,7 +55,7 @@ def good(out: Path) -> set[str]:
 GOOD = {"jobs/a/output.mp4", "jobs/a/result.json", "runs/r/0-of-1.summary.json"}
 
 
-def test_a_dry_run_removes_nothing_and_says_how(out, capsys):
+def test_clean_without_yes_removes_nothing_and_prints_command(out, capsys):
     leave(out / "jobs" / "a" / STAGED, b"x" * 300_000)
     leave(out / ".video-lab-probe-1", b"x" * 200_000)
     assert main(["clean", str(out)]) == 0
@@ -71,7 +71,7 @@ def test_a_dry_run_removes_nothing_and_says_how(out, capsys):
     assert "no leftovers" in capsys.readouterr().out
 
 
-def test_what_is_young_stays(out, capsys):
+def test_clean_keeps_leftovers_younger_than_limit(out, capsys):
     leave(out / "jobs" / "b" / STAGED, hours=0.9)
     leave(out / ".video-lab-probe-1", hours=0)
     assert main(["clean", str(out), "--yes"]) == 0
@@ -83,8 +83,8 @@ def test_what_is_young_stays(out, capsys):
 
 
 @pytest.mark.parametrize("marked", [False, True])
-def test_what_a_process_is_writing_stays(out, capsys, marked):
-    """However old it is; with the process dead, its job's mark does not hold it any more."""
+def test_clean_keeps_file_that_process_is_writing(out, capsys, marked):
+    """The age of the file does not count; once the process is dead, the mark of its job no longer keeps the file."""
     if marked:
         leave(out / "jobs" / "b" / "attempt.json")
     command = [sys.executable, "-c", WRITER, out / "jobs" / "b" / "output.mp4"]
@@ -102,7 +102,7 @@ def test_what_a_process_is_writing_stays(out, capsys, marked):
     assert not path.exists()
 
 
-def test_without_locks_the_mark_of_a_job_holds_its_files(out, monkeypatch, capsys):
+def test_clean_without_locks_keeps_files_of_job_with_mark(out, monkeypatch, capsys):
     import fcntl
 
     def refuse(*_: object) -> None:
@@ -121,15 +121,15 @@ def keep_segments(out: Path, job: str) -> list[Path]:
     return [leave(out / "jobs" / job / "parts" / "0123456789abcdef" / name) for name in ("0001.tar", "0001.state")]
 
 
-def test_finished_segments_of_a_job_that_is_done_are_removed(out):
-    """Those of others stay: a rerun goes on from them."""
+def test_clean_removes_finished_segments_of_done_job(out):
+    """The segments of unfinished jobs stay, because a rerun continues from them."""
     kept, left = keep_segments(out, "b"), keep_segments(out, "a")
     leave(out / "jobs/a/result.json", done_record())
     assert main(["clean", str(out), "--yes"]) == 0
     assert [path.exists() for path in (*kept, *left)] == [True, True, False, False]
 
 
-def test_finished_segments_are_removed_where_that_is_asked_for(out, capsys):
+def test_clean_with_checkpoints_removes_finished_segments(out, capsys):
     kept = keep_segments(out, "b")
     assert main(["clean", str(out), "--checkpoints"]) == 0
     printed = capsys.readouterr().out
@@ -140,7 +140,7 @@ def test_finished_segments_are_removed_where_that_is_asked_for(out, capsys):
     assert good(out) == GOOD
 
 
-def test_finished_segments_of_a_running_job_stay(out):
+def test_clean_keeps_finished_segments_of_running_job(out):
     kept = keep_segments(out, "b")
     Ledger(open_storage(out)).begin("b", Decision("run", ""), "f", "r")
     assert main(["clean", str(out), "--checkpoints", "--yes"]) == 0
@@ -161,14 +161,14 @@ def done_record() -> bytes:
     ).to_json()
 
 
-def test_a_folder_of_leftovers_only_is_cleaned(tmp_path, capsys):
+def test_clean_of_folder_with_only_leftovers_empties_folder(tmp_path, capsys):
     leave(tmp_path / "out" / STAGED)
     assert main(["clean", str(tmp_path / "out"), "--yes"]) == 0
     assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_folder_that_holds_nothing_is_mistyped(tmp_path, capsys, exists):
+def test_clean_of_empty_or_missing_folder_exits_2(tmp_path, capsys, exists):
     if exists:
         (tmp_path / "out").mkdir()
     assert main(["clean", str(tmp_path / "out")]) == 2
@@ -177,7 +177,7 @@ def test_a_folder_that_holds_nothing_is_mistyped(tmp_path, capsys, exists):
     assert told.out == ""
 
 
-def test_json_is_one_object_a_line_and_nothing_else(out, capsys):
+def test_clean_json_is_one_object_per_line(out, capsys):
     path = leave(out / "jobs" / "a" / STAGED, b"12345")
     leave(out / "jobs" / "a" / STAGED.replace("0", "1"), hours=0)
     assert main(["clean", str(out), "--json"]) == 0
@@ -200,7 +200,7 @@ def test_json_is_one_object_a_line_and_nothing_else(out, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_what_cannot_be_removed_is_said_and_the_rest_goes(out, monkeypatch, capsys):
+def test_clean_with_undeletable_file_reports_failure_and_removes_rest(out, monkeypatch, capsys):
     bad, fine = leave(out / "jobs" / "a" / STAGED), leave(out / "jobs" / "b" / STAGED)
     real = Path.unlink
 
@@ -218,8 +218,8 @@ def test_what_cannot_be_removed_is_said_and_the_rest_goes(out, monkeypatch, caps
     assert not fine.exists()
 
 
-def test_the_mark_of_an_attempt_that_has_failed_holds_nothing(moto_s3: S3Server, aws_env, capsys) -> None:
-    """It stands beside an older output that was kept."""
+def test_clean_ignores_mark_of_failed_attempt(moto_s3: S3Server, aws_env, capsys) -> None:
+    """The mark lies beside an older output that was kept."""
     uri = f"s3://{aws_env(moto_s3).make_bucket()}/lab"
     store = open_storage(uri)
     error = ErrorRecord(code="internal", message="m", stage="generate", retryable=False)
@@ -230,8 +230,10 @@ def test_the_mark_of_an_attempt_that_has_failed_holds_nothing(moto_s3: S3Server,
     assert "removed 1" in capsys.readouterr().out
 
 
-def test_uploads_in_a_bucket(moto_s3: S3Server, aws_env: Callable[..., S3Server], capsys) -> None:
-    """On S3 no lock tells: while its job's mark stands, an upload stays."""
+def test_clean_on_s3_removes_unfinished_uploads_without_mark(
+    moto_s3: S3Server, aws_env: Callable[..., S3Server], capsys
+) -> None:
+    """S3 has no locks: an upload stays while the mark of its job exists."""
     uri = f"s3://{aws_env(moto_s3).make_bucket()}/lab"
     store = open_storage(uri)
     store.write_bytes("jobs/a/result.json", b"{}")
@@ -249,13 +251,13 @@ def test_uploads_in_a_bucket(moto_s3: S3Server, aws_env: Callable[..., S3Server]
     assert [info.key for info in store.list()] == ["jobs/a/result.json"]
 
 
-def test_a_bucket_that_does_not_exist_is_mistyped(moto_s3: S3Server, aws_env: Callable[..., S3Server], capsys) -> None:
+def test_clean_of_missing_bucket_exits_2(moto_s3: S3Server, aws_env: Callable[..., S3Server], capsys) -> None:
     aws_env(moto_s3)
     assert main(["clean", "s3://no-such-bucket/lab"]) == 2
     assert "bucket" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(1800, "30m"), (3600, "1h"), (172800, "2d"), (0, "0s"), (5400, "90m")])
-def test_ages_are_written_as_they_are_read(seconds, text):
+def test_age_text_is_parsed_back_by_parse_age(seconds, text):
     assert age_text(seconds) == text
     assert parse_age(text) == seconds

@@ -87,21 +87,21 @@ def verdicts(found: Compared) -> dict[str, str]:
     return {job.id: job.verdict for job in found.comparison.jobs}
 
 
-def test_without_limits_a_difference_is_reported_and_not_judged(lab, scene, far):
+def test_compare_without_limits_reports_difference_as_uncalibrated(lab, scene, far):
     lab.approve(lab.night("n", a=scene, b=scene))
     found = lab.compare(lab.night("nn", a=far, b=scene))
     assert verdicts(found) == {"a": "uncalibrated", "b": "identical"} and found.comparison.exit_code == 0
     assert found.comparison.jobs[0].measurements.psnr.worst < 30
 
 
-def test_the_limits_that_the_run_kept_are_judged(lab, scene, near, far):
+def test_compare_judges_by_limits_kept_by_run(lab, scene, near, far):
     lab.approve(lab.night("n", a=scene, b=scene))
     found = lab.compare(lab.night("nn", limits=LIMITS, a=far, b=near))
     assert verdicts(found) == {"a": "broken", "b": "changed"} and found.comparison.exit_code == 4
     assert [breach.metric for breach in found.comparison.jobs[0].breaches] == ["psnr_min"]
 
 
-def test_a_manifest_s_limits_go_over_the_kept_ones(lab, scene, near):
+def test_compare_with_manifest_overrides_kept_limits(lab, scene, near):
     lab.approve(lab.night("n", a=scene))
     out = lab.night("nn", limits=LIMITS, a=near)
     manifest = lab.folder / "m.yaml"
@@ -111,7 +111,7 @@ def test_a_manifest_s_limits_go_over_the_kept_ones(lab, scene, near):
     assert lab.compare(out, manifest=str(manifest)).comparison.exit_code == 4
 
 
-def test_only_some_jobs_are_compared_and_missed(lab, scene, far):
+def test_compare_with_only_compares_and_misses_chosen_jobs(lab, scene, far):
     lab.approve(lab.night("n", anna=scene, bela=scene, cato=scene))
     out = lab.night("nn", limits=LIMITS, anna=scene, bela=far)
     assert verdicts(lab.compare(out)) == {"bela": "broken", "cato": "missing", "anna": "identical"}
@@ -121,7 +121,7 @@ def test_only_some_jobs_are_compared_and_missed(lab, scene, far):
         lab.compare(out, only=["d*"])
 
 
-def test_an_empty_folder_and_a_baseline_of_other_jobs_end_with_2(lab, scene):
+def test_compare_of_empty_folder_or_other_baseline_is_refused(lab, scene):
     out = lab.night("n", a=scene)
     with pytest.raises(ConfigInvalid, match="is empty"):
         lab.compare(str(lab.folder / "none"))
@@ -132,7 +132,7 @@ def test_an_empty_folder_and_a_baseline_of_other_jobs_end_with_2(lab, scene):
     assert lab.compare(out).comparison.exit_code == 0
 
 
-def test_damaged_approvals_end_with_an_error_that_names_them(lab, scene):
+def test_compare_with_damaged_approvals_names_file(lab, scene):
     out = lab.night("n", a=scene)
     lab.approve(out)
     (path,) = Path(lab.baseline).rglob("approved.json")
@@ -141,7 +141,7 @@ def test_damaged_approvals_end_with_an_error_that_names_them(lab, scene):
         lab.compare(out)
 
 
-def test_bootstrap_accepts_drafts_and_changes_no_approval(lab, scene, far):
+def test_compare_with_bootstrap_accepts_drafts_and_keeps_approvals(lab, scene, far):
     lab.approve(lab.night("n", a=scene))
     out = lab.night("nn", limits=LIMITS, a=far, b=far)
     found = lab.compare(out, bootstrap=True)
@@ -152,7 +152,7 @@ def test_bootstrap_accepts_drafts_and_changes_no_approval(lab, scene, far):
     assert again.comparison.jobs[1].notes == ["the baseline is a draft that was accepted unseen"]
 
 
-def test_only_record_and_bootstrap_write_into_the_baseline(lab, scene, far):
+def test_compare_writes_to_baseline_only_with_record_or_bootstrap(lab, scene, far):
     lab.approve(lab.night("n", a=scene))
     out = lab.night("nn", limits=LIMITS, a=far, b=far)
     before = {path: path.stat().st_mtime_ns for path in Path(lab.baseline).rglob("*")}
@@ -166,7 +166,7 @@ def test_only_record_and_bootstrap_write_into_the_baseline(lab, scene, far):
     }
 
 
-def test_limits_are_suggested_from_the_accepted_nights(lab, scene, near, far):
+def test_compare_with_suggest_prints_limits_of_accepted_nights(lab, scene, near, far):
     lab.approve(lab.night("n", a=scene))
     assert "too few nights" in lab.compare(lab.night("nn", a=scene), suggest=True).suggestions[0]
     lab.compare(lab.night("nnn", a=near), record=True)
@@ -176,7 +176,7 @@ def test_limits_are_suggested_from_the_accepted_nights(lab, scene, near, far):
     assert 30 < said["psnr_min"] < 50 and lines[0].startswith("regression: # suggested by 2 nights")
 
 
-def test_a_slower_stage_breaks_after_three_nights(lab, scene):
+def test_compare_breaks_slower_stage_after_3_nights(lab, scene):
     nights = [lab.night("n" * (1 + k), limits={}, a=scene) for k in range(judge.NIGHTS_NEEDED + 2)]
     records = [open_storage(night) for night in nights]
     for night, seconds in zip(records, (2.0, 2.1, 1.9, 2.0, 9.0), strict=True):
@@ -198,7 +198,7 @@ def test_a_slower_stage_breaks_after_three_nights(lab, scene):
 # -- reports -----------------------------------------------------------------------------------------------------------
 
 
-def test_large_videos_lie_beside_the_page_and_small_ones_in_it(lab, scene, far):
+def test_compare_report_embeds_small_videos_and_links_large_ones(lab, scene, far):
     lab.approve(lab.night("n", a=scene))
     out = lab.night("nn", limits=LIMITS, a=far, b=far)
     report = lab.folder / "report"
@@ -221,7 +221,7 @@ def test_large_videos_lie_beside_the_page_and_small_ones_in_it(lab, scene, far):
     assert (lab.folder / "small/report.html").stat().st_size > (report / "report.html").stat().st_size
 
 
-def test_the_printed_command_accepts_what_differs(lab, scene, near, far, capsys):
+def test_compare_approve_command_accepts_differing_jobs(lab, scene, near, far, capsys):
     lab.approve(lab.night("n", a=scene, b=scene, c=scene, e=scene))
     out = lab.night("nn", limits=LIMITS, a=far, b=near, d=scene, e=scene)
     words = ["compare", out, "--baseline", lab.baseline, "--cache", str(lab.folder / "cache")]
@@ -238,7 +238,7 @@ def test_the_printed_command_accepts_what_differs(lab, scene, near, far, capsys)
     assert verdicts(found) == {"b": "changed", "a": "identical", "d": "identical", "e": "identical"}
 
 
-def test_a_command_that_is_older_than_another_approval_is_refused(lab, scene, far, capsys):
+def test_compare_approve_command_is_refused_after_newer_approval(lab, scene, far, capsys):
     lab.approve(lab.night("n", a=scene))
     out = lab.night("nnn", limits=LIMITS, a=far)
     command = shlex.split(lab.compare(out).comparison.approve)
@@ -249,7 +249,7 @@ def test_a_command_that_is_older_than_another_approval_is_refused(lab, scene, fa
     assert lab.compare(out).comparison.exit_code == 4
 
 
-def test_json_is_one_object_and_nothing_else(lab, scene, far, capsys):
+def test_compare_json_is_one_object(lab, scene, far, capsys):
     lab.approve(lab.night("n", a=scene))
     out = lab.night("nn", limits=LIMITS, a=far)
     assert main(["compare", out, "--baseline", lab.baseline, "--json", "--cache", str(lab.folder / "cache")]) == 4
@@ -257,13 +257,13 @@ def test_json_is_one_object_and_nothing_else(lab, scene, far, capsys):
     assert found["exit_code"] == 4 and found["counts"] == {"total": 1, "broken": 1}
 
 
-def test_scratch_is_left_empty(lab, scene, far):
+def test_compare_leaves_scratch_folder_empty(lab, scene, far):
     lab.approve(lab.night("n", a=scene))
     lab.compare(lab.night("nn", limits=LIMITS, a=far), report=str(lab.folder / "report"))
     assert [path for path in (lab.folder / "cache").rglob("*") if path.is_file()] == []
 
 
-def test_of_the_files_that_are_compared_one_job_s_are_kept_at_a_time(lab, scene, far, monkeypatch):
+def test_compare_keeps_files_of_one_job_at_one_time(lab, scene, far, monkeypatch):
     lab.approve(lab.night("n", a=scene, b=scene, c=scene))
     others: list[list[str]] = []
     compare_job = JobComparison.compare
@@ -294,7 +294,7 @@ def keep_boxes(out: str, face: tuple[int, int, int, int]) -> None:
     open_storage(out).write_bytes("jobs/a/people.json", people.to_json())
 
 
-def test_another_person_s_face_is_found_and_named(lab, face_networks):  # noqa: F811
+def test_compare_finds_face_of_other_person(lab, face_networks):  # noqa: F811
     first, second, third = (
         lab.night(name, limits={"same_frames": False}, a=portrait(picture))
         for name, picture in (("n", astronaut()), ("nn", np.roll(astronaut(), 2, axis=1)), ("nnn", other()[0]))
@@ -316,7 +316,7 @@ def other() -> tuple[np.ndarray, tuple[int, int, int, int]]:
     return other_people(1)[0]
 
 
-def test_an_image_encoder_that_is_not_trained_measures_nothing(lab, scene, far, tiny_store_dir):
+def test_compare_with_untrained_image_encoder_measures_no_cosine(lab, scene, far, tiny_store_dir):
     lab.approve(lab.night("n", a=scene))
     out = lab.night("nn", limits={"identity_min": 0.8, "same_frames": False}, a=far)
     found = lab.compare(out, models=str(tiny_store_dir)).comparison.jobs[0]

@@ -77,7 +77,7 @@ def ask(name: str, tmp_path: Path, device: str = "cuda", **said: object) -> Chec
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
-def test_a_healthy_gpu_box_has_nothing_to_mend(tmp_path, device, monkeypatch):
+def test_doctor_on_healthy_gpu_machine_passes_all_checks(tmp_path, device, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(900 * GIB, 0, 900 * GIB))
     checks = run_checks(None, str(tmp_path / "out"), tmp_path / "cache", device, probes=Machine())
@@ -111,7 +111,7 @@ NO_GPU = {
         ),
     ],
 )
-def test_a_machine_without_gpu_fails_only_who_asks_for_one(tmp_path, device, expected):
+def test_doctor_without_gpu_fails_only_if_gpu_was_requested(tmp_path, device, expected):
     checks = {check.name: check for check in run_checks(None, None, tmp_path, device, probes=Machine(**NO_GPU))}
     assert {name: checks[name].status for name in expected} == expected
 
@@ -169,13 +169,13 @@ def test_a_machine_without_gpu_fails_only_who_asks_for_one(tmp_path, device, exp
         ("python", {"python_version": RuntimeError("odd")}, "fail", "odd"),
     ],
 )
-def test_each_defect_is_found_and_has_a_remedy(tmp_path, name, said, status, words):
+def test_doctor_check_finds_defect_and_names_remedy(tmp_path, name, said, status, words):
     check = ask(name, tmp_path, **said)
     assert check.status == status
     assert words in f"{check.found} {check.todo}"
 
 
-def test_the_gpu_says_what_the_fast_recipe_would_bring(tmp_path):
+def test_gpu_check_shows_seconds_of_fast_recipe(tmp_path):
     check = ask("gpu", tmp_path)
     assert check.status == "ok"
     seconds = re.search(
@@ -195,7 +195,7 @@ def test_the_gpu_says_what_the_fast_recipe_would_bring(tmp_path):
         ("NVIDIA A100-SXM4-80GB", (8, 0), None),  # no faster there than in 8 bits
     ],
 )
-def test_the_gpu_names_an_svdq_recipe_where_that_is_forecast_to_be_faster(tmp_path, gpu, capability, recipe):
+def test_gpu_check_names_svdq_recipe_if_forecast_is_faster(tmp_path, gpu, capability, recipe):
     found = ask("gpu", tmp_path, torch=TorchInfo("2.12.0+cu130", "13.0", ((gpu, capability),))).found
     if recipe is None:
         assert "svdq" not in found
@@ -220,7 +220,7 @@ def svdq(tmp_path, recipe, *, gpu=("NVIDIA GeForce RTX 5090", (12, 0)), device="
 
 
 @pytest.mark.parametrize("recipe", [None, "fp4-fast", "fp4-distill+nvfp4", "no such recipe"])
-def test_no_word_of_svdq_kernels_where_nobody_asks_and_nothing_is_installed(tmp_path, recipe):
+def test_svdq_check_without_svdq_recipe_or_kernels_is_left_out(tmp_path, recipe):
     assert svdq(tmp_path, recipe, distributions={"comfy-kitchen": "0.2.40", "nunchaku": "1.2.0"}) is None
     assert svdq(tmp_path, recipe) == Check(
         "svdq kernels", "ok", "svdq-int4: cache-dit-cu13 1.5.0; svdq-nvfp4: cache-dit-cu13 1.5.0"
@@ -252,13 +252,13 @@ ADA, HOPPER = ("NVIDIA GeForce RTX 4090", (8, 9)), ("NVIDIA H200", (9, 0))
         (INT4, {"device": "cpu", "distributions": {}}, "ok", "a CPU computes these formats in floats, slowly"),
     ],
 )  # fmt: skip
-def test_svdq_kernels_are_found_or_what_is_to_be_done(tmp_path, recipe, more, status, words):
+def test_svdq_check_finds_kernels_or_names_remedy(tmp_path, recipe, more, status, words):
     check = svdq(tmp_path, recipe, **more)
     assert check.status == status
     assert words in f"{check.found} {check.todo}"
 
 
-def test_an_extension_is_loaded_without_its_package():
+def test_probe_extension_loads_module_without_package():
     from importlib.metadata import version
 
     with pytest.raises(ProbeFailed, match=r"^pytest [\d.]+ has no _C_svdquant$"):
@@ -266,7 +266,7 @@ def test_an_extension_is_loaded_without_its_package():
     assert Probes().extension("markupsafe", "_speedups") == version("markupsafe")
 
 
-def test_an_extension_that_does_not_load_says_why(tmp_path, monkeypatch):
+def test_probe_extension_that_does_not_load_names_reason(tmp_path, monkeypatch):
     folder = tmp_path / "broken-1.0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
@@ -277,7 +277,7 @@ def test_an_extension_that_does_not_load_says_why(tmp_path, monkeypatch):
         Probes().extension("broken", "_C_svdquant")
 
 
-def test_a_gpu_that_is_not_there(tmp_path):
+def test_gpu_check_of_missing_gpu_fails_and_names_choices(tmp_path):
     check = ask("gpu", tmp_path, device="cuda:3")
     assert (check.status, check.todo) == ("fail", "Choose cuda:0 to cuda:0")
 
@@ -295,13 +295,13 @@ def test_a_gpu_that_is_not_there(tmp_path):
         ),
     ],
 )
-def test_where_poses_are_found_and_where_they_could_be(tmp_path, device, said, words):
+def test_providers_check_shows_device_for_poses(tmp_path, device, said, words):
     check = ask("providers", tmp_path, device, **said)
     assert check.status == "ok"
     assert words in check.found
 
 
-def test_this_machines_tensorrt_is_there_or_has_a_reason():
+def test_probe_tensorrt_without_tensorrt_names_reason():
     onnxruntime = pytest.importorskip("onnxruntime")
     if "TensorrtExecutionProvider" not in onnxruntime.get_available_providers():
         with pytest.raises(ProbeFailed, match="built without TensorRT"):
@@ -313,7 +313,7 @@ def folder_check(name: str, folder: Path) -> Check:
     return {c.name: c for c in run_checks(None, out, cache, "cpu", probes=Machine())}[name]
 
 
-def test_folders_are_judged_where_they_will_be_made(tmp_path, monkeypatch):
+def test_folder_check_of_missing_folder_judges_existing_parent(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     for free, status in ((100 * GIB, "ok"), (2 * GIB, "warn"), (GIB // 2, "fail")):
         asked: list[Path] = []
@@ -328,14 +328,14 @@ def test_folders_are_judged_where_they_will_be_made(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written(tmp_path):
+def test_folder_check_of_locked_folder_fails(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     check = folder_check("output", tmp_path / "locked" / "out")
     assert check.status == "fail"
     assert "--user" in check.todo
 
 
-def test_weights_and_output_on_s3(tmp_path, moto_s3, aws_env):
+def test_doctor_checks_weights_and_output_on_s3(tmp_path, moto_s3, aws_env):
     bucket, client = aws_env(moto_s3).make_bucket(), moto_s3.client
 
     def statuses(models: str, out: str) -> dict[str, str]:
@@ -349,7 +349,7 @@ def test_weights_and_output_on_s3(tmp_path, moto_s3, aws_env):
     assert client.list_objects_v2(Bucket=bucket)["KeyCount"] == 1  # the probe object is gone
 
 
-def test_missing_weights_are_listed_with_what_to_do(tmp_path):
+def test_weights_check_lists_missing_files_with_remedy(tmp_path):
     checks = {c.name: c for c in run_checks(str(tmp_path), None, tmp_path, "cpu", probes=Machine())}
     assert checks["weights"].status == "fail"
     assert "process_checkpoint/det/yolov10m.onnx" in checks["weights"].found
@@ -358,7 +358,7 @@ def test_missing_weights_are_listed_with_what_to_do(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
-def test_the_file_that_a_recipe_runs_is_named(tmp_path, demo_models, layout):
+def test_weights_check_names_file_of_recipe(tmp_path, demo_models, layout):
     root, recipe = tmp_path / "models", f"fp4-distill+{layout.name}"
     shutil.copytree(demo_models, root, symlinks=True)
 
@@ -387,7 +387,7 @@ def test_the_file_that_a_recipe_runs_is_named(tmp_path, demo_models, layout):
     assert weights("bf16").found == f"{root} has all files of recipe bf16"
 
 
-def test_the_identity_graph_is_one_that_onnxruntime_runs():
+def test_identity_graph_runs_in_onnxruntime():
     onnxruntime = pytest.importorskip("onnxruntime")
     onnx = pytest.importorskip("onnx")
     onnx.checker.check_model(onnx.load_model_from_string(IDENTITY_GRAPH))
@@ -397,8 +397,8 @@ def test_the_identity_graph_is_one_that_onnxruntime_runs():
     assert session.run(None, {"x": np.array([2.5], np.float32)})[0].tolist() == [2.5]
 
 
-def test_this_machine_is_examined_for_real_without_torch(tmp_path):
-    """In a process where torch and pynvml cannot be imported: every question is answered, and torch's says so."""
+def test_doctor_without_torch_answers_every_check(tmp_path):
+    """In a process that cannot import torch and pynvml every check gives an answer, and that of torch fails."""
     code = (
         "import sys, json; sys.modules['torch'] = sys.modules['pynvml'] = None\n"
         "from pathlib import Path; from runner.verbs.doctor import run_checks\n"

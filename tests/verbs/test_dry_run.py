@@ -83,7 +83,7 @@ def rendered(stub_run, tmp_path, monkeypatch):
     return {"gone": "gone", "new": "ok", "stale": "again", "held": "ok", "broken": "fail-prepare", "done": "ok"}
 
 
-def test_every_job_is_decided_as_a_run_would_and_nothing_is_written(stub_run, rendered, tmp_path):
+def test_dry_run_decides_every_job_and_writes_nothing(stub_run, rendered, tmp_path):
     before = state(tmp_path)
     settings = stub_run(rendered, max_attempts=1, run_id="r9", sheet=tmp_path / "sheet.png", dry_run=True)
     outcome = run(settings)
@@ -119,7 +119,7 @@ def test_every_job_is_decided_as_a_run_would_and_nothing_is_written(stub_run, re
     assert outcome.summary == "" and "dry run" in outcome.sheet
 
 
-def test_a_run_then_does_what_the_dry_run_said(stub_run, tmp_path):
+def test_run_after_dry_run_does_what_dry_run_said(stub_run, tmp_path):
     settings = {"b": "ok", "a": "ok"}
     run(stub_run({"a": "ok"}))
     said = run(stub_run(settings, dry_run=True))
@@ -129,7 +129,7 @@ def test_a_run_then_does_what_the_dry_run_said(stub_run, tmp_path):
     assert not done.dry_run and done.actions is None
 
 
-def test_flags_of_a_run_are_those_of_its_dry_run(stub_run, rendered):
+def test_dry_run_respects_flags_of_run(stub_run, rendered):
     forced = run(stub_run(rendered, force=True, dry_run=True, only=["done", "held"]))
     assert forced.actions == {"held": "leased", "done": "run"}
     assert forced.lines[1].reason == "--force"
@@ -140,7 +140,7 @@ def test_flags_of_a_run_are_those_of_its_dry_run(stub_run, rendered):
     assert outside.lines[0].error.code == "input.unreadable"
 
 
-def test_neither_a_gpu_nor_a_process_is_needed_for_gpus(stub_run, monkeypatch):
+def test_dry_run_with_gpus_needs_no_gpu_and_no_process(stub_run, monkeypatch):
     monkeypatch.setattr(run_verb, "find_gpus", None)
     monkeypatch.setattr(run_verb, "run_processes", None)
     outcome = run(stub_run({"a": "ok", "b": "ok"}, gpus="all", dry_run=True))
@@ -148,21 +148,21 @@ def test_neither_a_gpu_nor_a_process_is_needed_for_gpus(stub_run, monkeypatch):
     assert outcome.shard_reason.startswith("--gpus all")
 
 
-def test_no_cluster_is_needed_for_ray(stub_run, monkeypatch):
+def test_dry_run_with_ray_needs_no_cluster(stub_run, monkeypatch):
     monkeypatch.setattr(run_verb, "RayCluster", None)
     outcome = run(stub_run({"a": "ok", "b": "ok"}, on="ray:auto", workers=2, dry_run=True))
     assert outcome.actions == {"a": "run", "b": "run"}
     assert outcome.shard_reason.startswith("--on ray:auto")
 
 
-def test_an_output_folder_that_is_not_there_is_not_made(stub_run, tmp_path):
+def test_dry_run_with_missing_output_folder_does_not_create_folder(stub_run, tmp_path):
     before = state(tmp_path)
     assert run(stub_run({"a": "ok"}, dry_run=True)).exit_code == 0
     assert state(tmp_path) == before and not (tmp_path / "out").exists()
 
 
-def test_a_lease_that_nothing_renews_counts_as_lost_in_a_folder_that_is_only_read(stub_run, tmp_path):
-    """By this machine's clock, as asking the disk for its time writes a file."""
+def test_dry_run_counts_expired_lease_as_lost_without_writing(stub_run, tmp_path):
+    """The age is measured by the clock of this machine, because a query of the disk's time writes a file."""
     hold(tmp_path / "out", "a")
     old = time.time() - 120
     os.utime(tmp_path / "out/jobs/a/attempt.json", (old, old))
@@ -171,7 +171,7 @@ def test_a_lease_that_nothing_renews_counts_as_lost_in_a_folder_that_is_only_rea
     assert state(tmp_path) == before
 
 
-def test_what_would_stop_a_run_is_raised(stub_run, monkeypatch):
+def test_dry_run_raises_error_that_would_stop_run(stub_run, monkeypatch):
     def away(*_):
         raise StorageDenied("credentials refused", where="out")
 
@@ -189,14 +189,14 @@ def test_what_would_stop_a_run_is_raised(stub_run, monkeypatch):
         run(stub_run({"a": "ok"}, dry_run=True))
 
 
-def test_jobs_of_a_source_are_not_chosen_among(stub_run):
+def test_run_with_source_refuses_only_limit_and_dry_run(stub_run):
     for more in ({"only": ["a"]}, {"limit": 1}, {"dry_run": True}):
         with pytest.raises(ConfigInvalid, match="come from a source"):
             run(stub_run({"a": "ok"}, **more), source=Mailbox())
 
 
-def test_many_jobs_are_decided_at_the_same_time(stub_run, monkeypatch):
-    """The first reads wait for one another; were they made one after the other, the barrier would break."""
+def test_dry_run_decides_many_jobs_in_parallel(stub_run, monkeypatch):
+    """The first reads wait for each other at a barrier, which breaks if they are made one after the other."""
     read, together, met = LocalStorage.read_versioned, threading.Barrier(AT_ONCE, timeout=30), threading.Event()
 
     def meet(self, key, **how):
@@ -210,7 +210,7 @@ def test_many_jobs_are_decided_at_the_same_time(stub_run, monkeypatch):
     assert set(run(settings).actions.values()) == {"run"}
 
 
-def test_the_demo_s_weights_are_identified_without_adding_to_the_cache(demo_models, demo_media, tmp_path):
+def test_dry_run_with_demo_weights_does_not_add_to_cache(demo_models, demo_media, tmp_path):
     models = tmp_path / "models"
     shutil.copytree(demo_models, models, symlinks=False)
     place = {"reference": str(demo_media / "references/anna.png"), "video": str(demo_media / "dances/wave.mp4")}

@@ -20,24 +20,24 @@ from runner.verbs.flag_values import are_gpus, check_by, is_one_of, is_path, is_
         (are_gpus("--gpus", "0, 2"), "0,2"),
     ],
 )
-def test_a_value_is_returned_as_the_field_holds_it(found, held):
+def test_flag_check_returns_value_in_type_of_field(found, held):
     assert found == held
     assert type(found) is type(held)
 
 
 @pytest.mark.parametrize("value", [True, 1.0, "1.0", "", "1e3", "9" * 19, -1, None])
-def test_what_is_no_whole_number_is_refused(value):
+def test_is_whole_refuses_non_integer(value):
     with pytest.raises(ConfigInvalid) as caught:
         is_whole(0, "--n", value)
     assert caught.value.where == "--n"
 
 
-def test_a_near_miss_of_a_choice_is_suggested():
+def test_is_one_of_with_near_miss_suggests_choice():
     with pytest.raises(ConfigInvalid, match="did you mean cuda"):
         is_one_of(("auto", "cpu", "cuda"), "--device", "cdua")
 
 
-def test_what_another_check_refuses_names_the_flag_once():
+def test_check_by_names_flag_once():
     def refuse(what: str) -> None:
         raise ConfigInvalid(what, todo="Leave it")
 
@@ -48,11 +48,11 @@ def test_what_another_check_refuses_names_the_flag_once():
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("30m", 1800), ("1h", 3600), ("2d", 172800), ("0s", 0), ("1.5h", 5400)])
-def test_ages(text, seconds):
+def test_parse_age_returns_seconds(text, seconds):
     assert parse_age(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "1", "h", "-1h", "1 h", "1w", "1h30m", "١h"])
-def test_what_is_no_age(text):
+def test_parse_age_of_invalid_text_raises(text):
     with pytest.raises(ValueError, match=r"write e.g. 30m, 1h, 2d or 0s"):
         parse_age(text)

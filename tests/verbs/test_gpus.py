@@ -94,7 +94,7 @@ def statuses(lines: tuple[JobLine, ...]) -> dict[str, str]:
         ("all", {"CUDA_VISIBLE_DEVICES": "0,1,-1,2"}, 4, ["0", "1"]),
     ],
 )
-def test_which_gpus_are_meant(asked, variables, count, expected):
+def test_find_gpus_returns_requested_gpus(asked, variables, count, expected):
     assert find_gpus(asked, variables, lambda: count) == expected
 
 
@@ -108,26 +108,26 @@ def test_which_gpus_are_meant(asked, variables, count, expected):
         ("2", {"CUDA_VISIBLE_DEVICES": "6,7"}, 8, "no GPU 2: CUDA_VISIBLE_DEVICES=6,7 has 2"),
     ],
 )
-def test_gpus_that_are_not_there_are_refused(asked, variables, count, message):
+def test_find_gpus_refuses_missing_gpus(asked, variables, count, message):
     with pytest.raises(ConfigInvalid, match=r"^--gpus: ") as caught:
         find_gpus(asked, variables, lambda: count)
     assert message in caught.value.message
     assert caught.value.todo
 
 
-def test_a_machine_without_a_gpu_is_told_before_anything_is_read(tmp_path, monkeypatch):
+def test_run_with_gpus_but_no_gpu_is_refused_before_reading(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ConfigInvalid, match="names no GPU"):
         run_verb.run(RunSettings(manifest="gone.yaml", out=str(tmp_path / "out"), gpus="all"))
     assert not (tmp_path / "out").exists()
 
 
-def test_jobs_of_a_source_are_not_shared(settings):
+def test_run_with_gpus_refuses_source(settings):
     with pytest.raises(ConfigInvalid, match="not from a source"):
         run_verb.run(settings(gpus="all"), source=Mailbox())
 
 
-def test_the_cores_are_divided():
+def test_places_for_divides_cores():
     variables = {"CUDA_VISIBLE_DEVICES": "4,5,6"}
     places = places_for(["4", "5", "6"], variables, cpus=32)
     assert [place.name for place in places] == ["GPU 4", "GPU 5", "GPU 6"]
@@ -137,8 +137,8 @@ def test_the_cores_are_divided():
     assert places_for(["0"] * 8, variables, cpus=4)[0].variables["OMP_NUM_THREADS"] == "1"
 
 
-def test_what_the_environment_says_stays():
-    """A number of threads that a person chose; and CUDA's order of GPUs is the driver's where nothing chose GPUs."""
+def test_places_for_keeps_values_of_environment():
+    """A chosen number of threads stays; without chosen GPUs, CUDA orders them as the driver does."""
     chosen = places_for(["0", "1"], {"OMP_NUM_THREADS": "7"}, cpus=32)[0].variables
     assert "OMP_NUM_THREADS" not in chosen
     assert (chosen["MKL_NUM_THREADS"], chosen["CUDA_DEVICE_ORDER"]) == ("16", "PCI_BUS_ID")
@@ -150,8 +150,8 @@ def test_what_the_environment_says_stays():
 # -- real processes ----------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_finish_one_manifest(settings, tmp_path):
-    """One line a job in the manifest's order, one view of progress, a summary a process under one run id."""
+def test_two_gpu_processes_finish_one_manifest(settings, tmp_path):
+    """There is one line per job in manifest order, one progress view, and one summary per process under one run id."""
     watched = Watched()
     given = limited(settings("abcdef"), *[RegressionLimits(psnr_min=30)] * 6)
     shared, events = start(given, gpu_children.run_stub, progress=watched)
@@ -176,7 +176,7 @@ def test_two_processes_finish_one_manifest(settings, tmp_path):
     assert not named(events, "stub_loaded")
 
 
-def test_each_process_has_its_place_and_a_session_of_its_own(settings):
+def test_gpu_process_has_own_place_and_session(settings):
     places = places_for(["0", "7"], {"CUDA_VISIBLE_DEVICES": "0,7"}, cpus=6)
     with capture_logs() as events:
         run_processes(settings(), places, gpu_children.tell_environment, ["a"], Watched(), stop=Stop())
@@ -187,8 +187,8 @@ def test_each_process_has_its_place_and_a_session_of_its_own(settings):
     assert os.environ.get("CUDA_VISIBLE_DEVICES") is None
 
 
-def test_the_verb_starts_them(settings, monkeypatch, tmp_path):
-    """`run` with `gpus`: what it tells the processes, and the outcome; the contact sheet is drawn once, at the end."""
+def test_run_with_gpus_starts_one_process_per_gpu(settings, monkeypatch, tmp_path):
+    """`run` with `gpus` passes the settings to the processes; the contact sheet is drawn once, at the end."""
     verb = run_verb.run
     monkeypatch.setattr("runner.verbs.run.find_gpus", lambda asked, variables: ["0", "1", "2"])
     monkeypatch.setattr("runner.verbs.run.build_engine", lambda *_: Engine("stub", {}, StubGenerator))
@@ -211,7 +211,7 @@ def test_the_verb_starts_them(settings, monkeypatch, tmp_path):
 # -- death -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_others_take_the_jobs_of_a_process_that_died_before_it_began_one(settings):
+def test_jobs_of_killed_gpu_process_are_taken_over_by_others(settings):
     shared, events = start(settings("abcd"), partial(gpu_children.run_stub, dies_at="1"))
     assert statuses(shared.lines) == dict.fromkeys("abcd", "succeeded")
     assert shared.exit_code == 0
@@ -219,8 +219,8 @@ def test_the_others_take_the_jobs_of_a_process_that_died_before_it_began_one(set
     assert (died["gpu"], died["how"], died["log_level"]) == ("GPU 1", "Killed", "error")
 
 
-def test_what_a_killed_process_said_counts(settings):
-    """Its job that ended stands; the exit code says that a rerun has something to do."""
+def test_finished_job_of_killed_gpu_process_counts(settings):
+    """Its finished job counts; the exit code says that a rerun has work left."""
     watched = Watched()
     shared, _ = start(settings("abcd"), partial(gpu_children.render_some, first="ab", second="c"), 2, watched)
     assert statuses(shared.lines) == {"a": "succeeded", "b": "succeeded", "c": "succeeded", "d": "not_run"}
@@ -228,7 +228,7 @@ def test_what_a_killed_process_said_counts(settings):
     assert sorted(told[1] for told in watched.told if told[0] == "finished") == list("abc")
 
 
-def test_what_libraries_say_in_a_process_goes_into_the_log(settings, capfd):
+def test_library_message_of_gpu_process_is_logged(settings, capfd):
     _, events = start(settings("a"), gpu_children.warn, 1)
     (told,) = named(events, "library_message")
     assert (told["log_level"], told["logger"]) == ("warning", "transformers.models")
@@ -236,29 +236,29 @@ def test_what_libraries_say_in_a_process_goes_into_the_log(settings, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_job_is_under_way_until_its_own_process_ends(settings):
-    """Another process that looks at the job and leaves it says nothing of it."""
+def test_job_progress_is_open_until_own_gpu_process_ends(settings):
+    """Another process that reads the job and skips it reports nothing about it."""
     watched = Watched()
     start(settings("a"), gpu_children.die_generating, 2, watched)
     assert [told[0] for told in watched.told] == ["started", "phase", "step", "phase", "close"]
     assert [told[2] for told in watched.told if told[0] == "phase"] == ["generating", "waiting"]
 
 
-def test_all_killed_is_worth_a_rerun(settings):
+def test_gpu_processes_all_killed_exit_3(settings):
     shared, events = start(settings("ab"), partial(gpu_children.run_stub, dies_at="0"), processes=1)
     assert statuses(shared.lines) == {"a": "not_run", "b": "not_run"}
     assert shared.exit_code == 3
     assert len(named(events, "gpu_process_died")) == 1
 
 
-def test_an_error_of_all_is_raised(settings):
+def test_error_of_all_gpu_processes_is_raised(settings):
     with pytest.raises(ConfigInvalid) as caught:
         start(settings(), partial(gpu_children.fail, places="0"), 1)
     assert caught.value.message == "the test: this cannot be. Leave it"
     assert (caught.value.where, caught.value.todo) == ("the test", "Leave it")
 
 
-def test_an_error_of_one_is_logged_and_a_bug_with_its_traceback(settings):
+def test_error_of_one_gpu_process_is_logged_and_bug_with_traceback(settings):
     shared, events = start(settings(), partial(gpu_children.fail, places="1", bug=True))
     assert (shared.exit_code, statuses(shared.lines)) == (0, {"a": "succeeded"})
     (failed,) = named(events, "gpu_process_failed")
@@ -268,7 +268,7 @@ def test_an_error_of_one_is_logged_and_a_bug_with_its_traceback(settings):
 
 
 @pytest.mark.parametrize(("places", "done", "cause"), [("0", "ab", None), ("1", "a", "1"), ("01", "", "0")])
-def test_what_stopped_a_process_is_the_cause_where_jobs_are_left_undone(settings, places, done, cause):
+def test_error_of_stopped_gpu_process_is_cause_if_jobs_are_left(settings, places, done, cause):
     shared, _ = start(settings("ab"), partial(gpu_children.stop_early, places=places, done=done))
     assert shared.exit_code == (0 if cause is None else 3)
     error = shared.error
@@ -312,8 +312,8 @@ def start_signalled(settings: RunSettings, run: Callable[..., Any], *steps: tupl
     return shared, events
 
 
-def test_a_signal_reaches_each_process_once(settings):
-    """Twice would mean "now". One that comes directly, as some schedulers send it to all processes, is not counted."""
+def test_signal_reaches_each_gpu_process_once(settings):
+    """A second signal would stop at once. A signal that a scheduler sends directly to all processes is not counted."""
     shared, events = start_signalled(settings(), gpu_children.wait_for_stop, ("ready", 2, signal.SIGTERM))
     assert [event["direct"] for event in named(events, "ready")] == [False, False]
     stopped = [(event["name"], event["at_once"]) for event in named(events, "stopped")]
@@ -321,14 +321,14 @@ def test_a_signal_reaches_each_process_once(settings):
     assert (shared.exit_code, statuses(shared.lines)) == (143, {"a": "not_run"})
 
 
-def test_a_second_signal_is_passed_on(settings):
+def test_second_signal_is_passed_to_gpu_processes(settings):
     run = partial(gpu_children.wait_for_stop, at_once="yes")
     shared, events = start_signalled(settings(), run, ("ready", 2, signal.SIGINT), ("told", 2, signal.SIGTERM))
     assert [event["at_once"] for event in named(events, "stopped")] == [True, True]
     assert shared.exit_code == 130
 
 
-def test_a_process_that_does_not_end_is_killed(settings, monkeypatch):
+def test_gpu_process_that_does_not_end_is_killed(settings, monkeypatch):
     monkeypatch.setattr(gpus_module, "END_S", 0.2)
     begin = time.monotonic()
     shared, events = start_signalled(settings(drain_s=0.1), gpu_children.never_end, ("ready", 2, signal.SIGTERM))
@@ -337,8 +337,8 @@ def test_a_process_that_does_not_end_is_killed(settings, monkeypatch):
     assert shared.exit_code == 143
 
 
-def test_processes_end_with_the_one_that_started_them(tmp_path):
-    """Killed by SIGKILL, it can tell nothing: the closed connection does."""
+def test_gpu_processes_end_when_parent_is_killed(tmp_path):
+    """A parent that SIGKILL ends cannot send a message; the closed connection ends the processes."""
     script = textwrap.dedent(
         """
         import sys
@@ -371,7 +371,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     wait_for("SIGTERM False")
 
 
-def test_the_files_are_read_once_before_the_first_process_loads(settings):
+def test_model_files_are_read_once_before_first_gpu_process_loads(settings):
     reads: list[int] = []
     with capture_logs() as seen:
 
@@ -393,7 +393,7 @@ def test_the_files_are_read_once_before_the_first_process_loads(settings):
     assert shared.exit_code == 0
 
 
-def test_files_that_cannot_be_read_keep_no_process_from_loading(settings):
+def test_unreadable_model_files_do_not_stop_gpu_process(settings):
     def read(go_on: Callable[[], bool]) -> None:
         raise OSError("the disk is gone")
 

@@ -62,7 +62,7 @@ def inspected(capsys, *words: str) -> dict:
     return data
 
 
-def test_two_puppets_and_a_cut(two_puppets, demo_models, tmp_path, capsys):
+def test_inspect_of_two_puppets_finds_people_and_cut(two_puppets, demo_models, tmp_path, capsys):
     sheet = tmp_path / "new" / "sheet.png"
     words = [str(two_puppets), "--models", str(demo_models), "--cache", str(tmp_path / "cache")]
     found = inspected(capsys, *words, "--sheet", str(sheet))
@@ -85,7 +85,7 @@ def test_two_puppets_and_a_cut(two_puppets, demo_models, tmp_path, capsys):
     assert inspected(capsys, *words) | {"sheet": str(sheet)} == found
 
 
-def test_without_a_model_store_the_video_is_measured(two_puppets, tmp_path, capsys, monkeypatch):
+def test_inspect_without_models_measures_video(two_puppets, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("VIDEO_LAB_MODELS", raising=False)
     sheet = tmp_path / "sheet.png"
     found = inspected(capsys, str(two_puppets), "--cache", str(tmp_path), "--sheet", str(sheet))
@@ -98,8 +98,8 @@ def test_without_a_model_store_the_video_is_measured(two_puppets, tmp_path, caps
     assert "! people were not looked for: give --models" in printed
 
 
-def test_two_men_on_film(real_data, tmp_path):
-    """The man beside his mirrored self at another time: both are numbered, the larger one first."""
+def test_inspect_of_two_men_numbers_larger_first(real_data, tmp_path):
+    """A man stands beside his mirrored picture of another time: both are numbered, the larger one first."""
     store = tmp_path / "models" / "process_checkpoint"
     for folder, name, source in (
         ("det", "yolov10m.onnx", "person_detector.onnx"),
@@ -142,7 +142,7 @@ def test_two_men_on_film(real_data, tmp_path):
         (["short.mp4", "--input-root", "nowhere"], 2, "config.invalid"),
     ],
 )
-def test_what_cannot_be_looked_at_ends_with_its_code(tmp_path, monkeypatch, capsys, words, code, said):
+def test_inspect_of_unusable_input_exits_with_code_of_error(tmp_path, monkeypatch, capsys, words, code, said):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VIDEO_LAB_MODELS", raising=False)
     (tmp_path / "text.mp4").write_text("no video")
@@ -153,7 +153,7 @@ def test_what_cannot_be_looked_at_ends_with_its_code(tmp_path, monkeypatch, caps
     assert said in capsys.readouterr().err
 
 
-def test_a_video_on_s3_is_fetched_and_one_that_is_not_there_is_an_input_error(moto_s3, aws_env, tmp_path, capsys):
+def test_inspect_of_s3_video_fetches_file_and_missing_one_is_not_found(moto_s3, aws_env, tmp_path, capsys):
     bucket = aws_env(moto_s3).make_bucket()
     make_clip(tmp_path / "v.mp4", 6, 25)
     moto_s3.client.upload_file(str(tmp_path / "v.mp4"), bucket, "in/v.mp4")

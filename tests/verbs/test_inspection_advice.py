@@ -62,20 +62,20 @@ CASES = {
 
 
 @pytest.mark.parametrize("code", [rule.code for rule in (*RULES, *PERSON_RULES)])
-def test_each_rule_says_what_it_found_and_no_other_rule_speaks(code):
+def test_advice_rule_applies_alone_and_names_finding(code):
     made, words = CASES[code]
     said = made()
     assert set(said) == {code}
     assert words in said[code]
 
 
-def test_codes_are_unique_and_where_nothing_stands_out_nothing_is_said():
+def test_advice_codes_are_unique_and_good_video_has_no_advice():
     codes = [rule.code for rule in (*RULES, *PERSON_RULES)]
     assert sorted(codes) == sorted(set(codes)) == sorted(CASES)
     assert advice() == {}
 
 
-def test_limits_are_where_they_are_named():
+def test_advice_limits_are_exact():
     # A face counts as it is printed, in whole pixels.
     assert set(advice(None, make_person(face_px=23.4))) == {"face.tiny"}
     assert (
@@ -91,12 +91,12 @@ def test_limits_are_where_they_are_named():
     assert set(both) == {"hands.outside"}  # one sentence says both
 
 
-def test_who_comes_and_goes_has_no_span_of_their_own():
+def test_advice_on_person_who_comes_and_goes_suggests_no_start_s():
     text = advice(None, make_person(seconds=4.0, begin_s=0.0, end_s=9.9))["person.partly"]
     assert "outside it the last or next pose is held" in text and "start_s" not in text
 
 
-def test_repeats_say_what_is_lost():
+def test_advice_on_repeats_names_lost_pictures():
     lossy = repeats(frames_per_picture=1.25, pictures_per_s=24.0, fps="24000/1001", start_s=1 / 30, covered=0.9)
     text = advice(make_video(fps_measured=30.0, repeats=lossy))["video.repeats"]
     assert text == (
@@ -107,7 +107,7 @@ def test_repeats_say_what_is_lost():
     assert set(advice(make_video(fps_measured=24.0, repeats=slow))) == {"video.repeats"}  # not a low rate as well
 
 
-def test_people_come_before_the_video_and_one_after_the_other():
+def test_advice_lists_people_in_order_and_then_video():
     video = make_video(blur=0.9)
     found = advise(InspectedVideo(video, [make_person(1, face_px=20.0), make_person(2, face_px=None)], True))
     assert [(a.code, a.person) for a in found] == [
@@ -121,7 +121,7 @@ def test_people_come_before_the_video_and_one_after_the_other():
 
 @pytest.mark.parametrize("fps", [16, 15, 24])
 @pytest.mark.parametrize("stored", [Fraction(25), Fraction(30000, 1001)])
-def test_no_frame_of_a_part_lies_in_another_scene_and_few_are_left_out(stored, fps):
+def test_advice_on_part_stays_within_scene_and_keeps_most_frames(stored, fps):
     starts_s = np.arange(250) * float(1 / stored)
     end_s = 250 / float(stored)
     bounds = [0, 31, 80, 81, 190, 250]  # one scene is a single frame
@@ -137,7 +137,7 @@ def test_no_frame_of_a_part_lies_in_another_scene_and_few_are_left_out(stored, f
         assert len(shown) >= int(seconds * fps) - 1
 
 
-def test_what_a_sentence_tells_to_set_is_an_option():
+def test_option_in_advice_is_accepted_by_manifest():
     """Each `key: value` of the advice is taken by the manifest."""
     texts = [text for made, _ in CASES.values() for text in made().values()]
     found = [quoted for text in texts for quoted in re.findall(r"`([a-z_]+: [^`]+)`", text)]

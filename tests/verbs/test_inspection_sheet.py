@@ -20,7 +20,7 @@ from tests.video_files import make_clip
 GREY = 128
 
 
-def test_moments_are_spread_and_prefer_those_with_most_people():
+def test_choose_moments_spreads_moments_and_prefers_most_people():
     looks = list(range(0, 100, 3))
     counts = [2 if look in (6, 33, 72) else 1 for look in looks]
     found = choose_moments(100, looks, counts, [], 10)
@@ -31,7 +31,7 @@ def test_moments_are_spread_and_prefer_those_with_most_people():
     assert not any(moment.after_cut for moment in found)
 
 
-def test_both_sides_of_a_cut_are_shown_and_the_far_one_is_marked():
+def test_choose_moments_shows_both_sides_of_cut_and_marks_later_one():
     looks = list(range(0, 100, 4))
     found = choose_moments(100, looks, [1] * 25, [50, 77], 10)
     by_frame = {moment.frame: moment.after_cut for moment in found}
@@ -43,15 +43,15 @@ def test_both_sides_of_a_cut_are_shown_and_the_far_one_is_marked():
 
 
 @pytest.mark.parametrize(("frames", "cuts"), [(2, []), (3, [1, 2]), (7, [3])])
-def test_a_short_video_has_as_many_moments_as_it_can(frames, cuts):
+def test_choose_moments_of_short_video_takes_all_frames(frames, cuts):
     found = [moment.frame for moment in choose_moments(frames, [], [], cuts, 10)]
     assert found == sorted(set(found))
     assert set(found) <= set(range(frames))
     assert len(found) == frames
 
 
-def test_neighbouring_colours_differ_for_every_eye():
-    """By luminance or by hue; also when red and green are seen as one."""
+def test_person_colours_differ_also_for_colour_blind():
+    """They differ by luminance or by hue, also for an eye that does not tell red from green."""
     colours = [np.array(person_colour(number), float) for number in range(1, 8)]
     for one, other in combinations(colours, 2):
         assert np.abs(one - other).max() > 50
@@ -75,7 +75,7 @@ def count(sheet: np.ndarray, colour: tuple[int, int, int]) -> int:
     return int((sheet == np.array(colour)).all(-1).sum())
 
 
-def test_each_person_has_a_box_in_a_colour_of_their_own_and_a_row(grey, tmp_path):
+def test_inspection_sheet_has_box_colour_and_row_per_person(grey, tmp_path):
     boxes = [Box(20, 30, 110, 230, 0.9), Box(150, 60, 220, 230, 0.9), Box(240, 90, 318, 230, 0.9)]
     found = PeopleFound(
         tuple(person(n, box) for n, box in enumerate(boxes, 1)), (320, 240), tuple(range(0, 40, 4)), 0.16
@@ -98,8 +98,8 @@ def test_each_person_has_a_box_in_a_colour_of_their_own_and_a_row(grey, tmp_path
 
 @pytest.mark.parametrize("size", [(32, 24), (1920, 1080)])
 @pytest.mark.parametrize("box", [Box(0, 0, 1, 1, 0.9), Box(0.9, 0.9, 1, 1, 0.9), Box(0.3, 0.2, 0.6, 0.9, 0.9)])
-def test_the_label_is_the_same_whatever_the_video_s_size_and_the_box(tmp_path, size, box):
-    """It is drawn at the sheet's scale, and is whole in every corner."""
+def test_inspection_sheet_label_is_whole_at_any_video_size_and_box(tmp_path, size, box):
+    """The label is drawn at the scale of the sheet, and is whole in every corner."""
     width, height = size
     clip = make_clip(tmp_path / "c.mp4", 2, 25, size=size, pixels=[np.full((height, width, 3), GREY, np.uint8)] * 2)
     placed = Box(box.x1 * width, box.y1 * height, box.x2 * width, box.y2 * height, 0.9)
@@ -114,7 +114,7 @@ def test_the_label_is_the_same_whatever_the_video_s_size_and_the_box(tmp_path, s
     assert len(rows) >= 10
 
 
-def test_facts_and_measures_say_what_is_not_known():
+def test_facts_line_and_measures_show_unknown_values_as_dash():
     line = facts_line(make_inspection(video=make_video(cuts=[CutRecord(frame=5, at_s=0.2)], rotation_degrees=90)))
     assert line == "640x480 · 250 frames in 10.00 s · 25 fps · rotated by 90° · 1 cut · blur 0.30 · sound"
     unknown = measures(

@@ -9,7 +9,7 @@ from runner.verbs.inspection_table import print_inspection
 from tests.records.test_inspection import make_inspection, make_person
 
 
-def test_facts_people_and_advice_are_lines(capsys):
+def test_print_inspection_shows_facts_people_and_advice_as_lines(capsys):
     advice = [
         AdviceRecord(code="people.several", text="2 people: [choose]", person=None, numbers={}),
         AdviceRecord(code="face.tiny", text="face 18 px: expect no expression", person=2, numbers={}),
@@ -25,12 +25,12 @@ def test_facts_people_and_advice_are_lines(capsys):
     assert lines[4:] == ["! 2 people: [choose]", "! person 2: face 18 px: expect no expression", "sheet: s.png"]
 
 
-def test_nothing_to_say_is_said(capsys):
+def test_print_inspection_without_advice_says_no_advice(capsys):
     print_inspection(make_inspection(people=[], advice=[]), as_json=False)
     assert capsys.readouterr().out.splitlines()[1:] == ["no advice: no problem was found"]
 
 
-def test_json_is_one_object_without_secrets(capsys):
+def test_print_inspection_json_is_one_object_without_secrets(capsys):
     found = make_inspection(source="s3://b/v.mp4?X-Amz-Signature=0123456789abcdef0123456789abcdef")
     print_inspection(found, as_json=True)
     (line,) = capsys.readouterr().out.splitlines()

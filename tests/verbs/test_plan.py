@@ -39,7 +39,7 @@ def machine_with(monkeypatch, *names):
     monkeypatch.setattr(Probes, "driver", driver)
 
 
-def test_the_gpu_asked_for_goes_before_the_one_here(monkeypatch):
+def test_choose_gpu_prefers_requested_gpu_to_local_one(monkeypatch):
     recipe = get_recipe("fp4-distill")
     machine_with(monkeypatch, "NVIDIA L40S")
     assert choose_gpu(None, recipe).name == "L40S"
@@ -50,7 +50,7 @@ def test_the_gpu_asked_for_goes_before_the_one_here(monkeypatch):
     assert choose_gpu(None, recipe) is None
 
 
-def test_a_gpu_that_cannot_be_forecast_is_refused_when_asked_for():
+def test_choose_gpu_refuses_requested_gpu_without_forecast():
     with pytest.raises(ConfigInvalid, match=r"GPU 'T4' is not known.*RTX 5090"):
         choose_gpu("T4", get_recipe("fp4-distill"))
     with pytest.raises(ConfigInvalid, match=r"A100 has no fp8.*bf16, int8"):
@@ -70,7 +70,7 @@ def settings(**given):
     return PlanSettings(manifest="m.json", models=None, **given)
 
 
-def test_rows_name_seconds_where_the_gpu_is_known(manifest, monkeypatch, capsys):
+def test_forecast_jobs_on_known_gpu_shows_seconds(manifest, monkeypatch, capsys):
     machine_with(monkeypatch)
     (here, gone), gpu = forecast_jobs(manifest.jobs, settings(gpu="RTX 5090"), manifest)
     assert gpu == "RTX 5090" and gone.error.code == "input.not_found"
@@ -95,7 +95,7 @@ def planned(demo_media, recipe, gpu, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("recipe", ["fp4-distill", None])
-def test_plan_says_what_the_fast_recipe_would_bring(demo_media, recipe, monkeypatch, tmp_path, capsys):
+def test_plan_shows_seconds_of_fast_recipe(demo_media, recipe, monkeypatch, tmp_path, capsys):
     machine_with(monkeypatch, "NVIDIA GeForce RTX 5090")
     found, printed = planned(demo_media, recipe, None, tmp_path, capsys)
     asked, fast = found.fast.asked_s, found.fast.forecast_s
@@ -110,7 +110,7 @@ def test_plan_says_what_the_fast_recipe_would_bring(demo_media, recipe, monkeypa
     assert same.jobs[0].seconds == same.fast.forecast_s == fast and same.fast.asked_s is None
 
 
-def test_plan_says_what_the_fast_recipe_would_choose(demo_media, monkeypatch, tmp_path, capsys):
+def test_plan_shows_choices_of_fast_recipe(demo_media, monkeypatch, tmp_path, capsys):
     machine_with(monkeypatch)
     found, printed = planned(demo_media, "fp4-fast", "H200", tmp_path, capsys)
     words = "fp8 products, exact attention, autoencoder in 16 bits"
@@ -122,9 +122,7 @@ def test_plan_says_what_the_fast_recipe_would_choose(demo_media, monkeypatch, tm
 @pytest.mark.parametrize(
     ("recipe", "gpu"), [("fp4-distill", None), ("fp4-fast", None), ("fp4-distill+fp8", "H200"), ("fp4", "H200")]
 )
-def test_plan_says_nothing_of_it_without_a_gpu_or_for_other_recipes(
-    demo_media, recipe, gpu, monkeypatch, tmp_path, capsys
-):
+def test_plan_without_gpu_or_for_other_recipe_omits_fast_recipe(demo_media, recipe, gpu, monkeypatch, tmp_path, capsys):
     machine_with(monkeypatch)
     found, printed = planned(demo_media, recipe, gpu, tmp_path, capsys)
     assert found.fast is None and "fp4-fast" not in printed and plan_object(found)["fast"] is None
@@ -138,7 +136,7 @@ def test_plan_says_nothing_of_it_without_a_gpu_or_for_other_recipes(
     ],
 )
 @pytest.mark.parametrize("gpu", [None, "RTX 5090"])
-def test_plan_says_the_file_and_the_seconds_of_svdq_recipes(
+def test_plan_shows_file_and_seconds_of_svdq_recipe(
     demo_media, word, size, gpus, published, gpu, monkeypatch, tmp_path, capsys
 ):
     machine_with(monkeypatch)
@@ -162,7 +160,7 @@ def test_plan_says_the_file_and_the_seconds_of_svdq_recipes(
     assert json.dumps(told)
 
 
-def test_svdq_seconds_are_those_of_all_jobs_that_can_be_planned(demo_media, monkeypatch, tmp_path):
+def test_svdq_forecast_sums_jobs_that_can_be_planned(demo_media, monkeypatch, tmp_path):
     machine_with(monkeypatch)
     inputs = {"reference": f"{demo_media}/references/anna.png", "video": f"{demo_media}/dances/wave.mp4"}
     options = {"size": "832x480", "output": {"interpolate": 2}}
@@ -182,7 +180,7 @@ def test_svdq_seconds_are_those_of_all_jobs_that_can_be_planned(demo_media, monk
     assert str(none) == "svdq-nvfp4: 10.2 GB of weights (forecast)"
 
 
-def test_the_size_is_the_files_where_a_store_has_it(tmp_path):
+def test_file_bytes_is_size_of_stored_file(tmp_path):
     file = tmp_path / "quantized_transformer.safetensors"
     file.write_bytes(bytes(1234))
     recipe = get_recipe("fp4-distill+svdq-int4")
@@ -195,24 +193,24 @@ def test_the_size_is_the_files_where_a_store_has_it(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["fp4-distill", "fp4-fast", "fp4-distill+nvfp4"])
-def test_plan_names_no_svdq_file_for_other_recipes(demo_media, recipe, monkeypatch, tmp_path, capsys):
+def test_plan_for_other_recipe_omits_svdq_file(demo_media, recipe, monkeypatch, tmp_path, capsys):
     machine_with(monkeypatch)
     found, printed = planned(demo_media, recipe, None, tmp_path, capsys)
     assert found.svdq is None and "GB of weights" not in printed and plan_object(found)["svdq"] is None
 
 
-def test_a_gpu_without_units_of_four_bits_is_refused():
+def test_choose_gpu_without_fp4_units_refuses_svdq_nvfp4():
     with pytest.raises(ConfigInvalid, match=r"H200 has no svdq-nvfp4, which recipe .fp4-distill.svdq-nvfp4. needs"):
         choose_gpu("H200", get_recipe("fp4-distill+svdq-nvfp4"))
 
 
-def test_plan_says_nothing_of_a_small_gain(demo_media, monkeypatch, tmp_path, capsys):
+def test_plan_with_small_gain_omits_fast_recipe(demo_media, monkeypatch, tmp_path, capsys):
     machine_with(monkeypatch)
     monkeypatch.setattr("runner.generation.wan_animate.family.foresee", lambda recipe, device: recipe)
     assert planned(demo_media, "fp4-distill", "H200", tmp_path, capsys)[0].fast is None
 
 
-def test_without_a_gpu_memory_is_that_of_whatever_a_device_may_choose(demo_media, monkeypatch, tmp_path, capsys):
+def test_plan_without_gpu_shows_largest_memory_of_all_choices(demo_media, monkeypatch, tmp_path, capsys):
     machine_with(monkeypatch)
     largest = planned(demo_media, "fp4-fast", None, tmp_path, capsys)[0].jobs[0].memory
     for gpu in ("RTX 5090", "H200", "A100"):
@@ -222,7 +220,7 @@ def test_without_a_gpu_memory_is_that_of_whatever_a_device_may_choose(demo_media
     assert all(distilled[mode] <= largest[mode] for mode in largest)
 
 
-def test_the_memory_mode_of_a_run_is_the_first_that_fits_every_job():
+def test_foreseen_mode_is_first_that_fits_every_job():
     peaks = [{"resident": 30, "stream": 9, "minimal": 5}, {"resident": 20, "stream": 14, "minimal": 7}]
     assert [foreseen_mode("auto", peaks, free) for free in (30, 29, 14, 13, 1)] == [
         "resident", "stream", "stream", "minimal", "minimal",
@@ -243,7 +241,7 @@ def test_the_memory_mode_of_a_run_is_the_first_that_fits_every_job():
         ("minimal", None, None, ""),  # no GPU
     ],
 )
-def test_a_plan_warns_of_blocks_that_will_run_eagerly_on_a_gpu(
+def test_plan_warns_of_blocks_that_run_eagerly_on_gpu(
     demo_media, tmp_path, monkeypatch, capsys, memory, gpu, free, warns
 ):
     def driver(self):
@@ -264,7 +262,7 @@ def test_a_plan_warns_of_blocks_that_will_run_eagerly_on_a_gpu(
     assert ("! The transformer's blocks run eagerly on the GPU" in printed) == bool(warns)
 
 
-def test_without_one_there_is_no_such_column(manifest, monkeypatch, capsys):
+def test_plan_without_gpu_has_no_seconds_column(manifest, monkeypatch, capsys):
     machine_with(monkeypatch)
     rows, gpu = forecast_jobs(manifest.jobs, settings(), manifest)
     assert gpu is None and rows[0].plan.seconds is None
@@ -273,7 +271,7 @@ def test_without_one_there_is_no_such_column(manifest, monkeypatch, capsys):
     assert "s on" not in printed and "--gpu NAME" in printed
 
 
-def test_a_job_that_is_interpolated_names_its_frames_rate_and_cost(demo_media, monkeypatch, capsys):
+def test_plan_of_interpolated_job_shows_frames_rate_and_cost(demo_media, monkeypatch, capsys):
     machine_with(monkeypatch)
     job = {"reference": "references/anna.png", "video": "dances/wave.mp4"}
     doubled = {"interpolate": 2}
@@ -302,7 +300,7 @@ def test_a_job_that_is_interpolated_names_its_frames_rate_and_cost(demo_media, m
     assert "plain: interpolated" not in printed
 
 
-def test_a_gpu_without_the_compute_leaves_a_question_mark(manifest, monkeypatch, capsys):
+def test_plan_on_gpu_without_compute_shows_question_mark(manifest, monkeypatch, capsys):
     machine_with(monkeypatch, "NVIDIA A100-SXM4-80GB")
     rows, gpu = forecast_jobs(manifest.jobs, settings(recipe="fp4-distill+fp8"), manifest)
     assert gpu == "A100" and rows[0].plan.seconds is None and rows[0].plan.tflop > 0
@@ -310,7 +308,7 @@ def test_a_gpu_without_the_compute_leaves_a_question_mark(manifest, monkeypatch,
     assert "?" in capsys.readouterr().out
 
 
-def test_a_narrow_terminal_names_the_columns_that_it_lacks(manifest, monkeypatch, capsys):
+def test_plan_in_narrow_terminal_names_missing_columns(manifest, monkeypatch, capsys):
     machine_with(monkeypatch)
     rows, gpu = forecast_jobs(manifest.jobs, settings(gpu="RTX 5090"), manifest)
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes standard output for a terminal
@@ -324,7 +322,7 @@ def test_a_narrow_terminal_names_the_columns_that_it_lacks(manifest, monkeypatch
     assert error.startswith("gone: input.not_found: ")
 
 
-def test_an_input_on_s3_is_downloaded_once_however_many_jobs_read_it(aws_env, moto_s3, demo_media, monkeypatch):
+def test_plan_downloads_shared_s3_input_once(aws_env, moto_s3, demo_media, monkeypatch):
     machine_with(monkeypatch)
     server = aws_env(moto_s3)
     bucket = server.make_bucket()
@@ -348,8 +346,10 @@ def test_an_input_on_s3_is_downloaded_once_however_many_jobs_read_it(aws_env, mo
     assert rows == alone and all(row.plan is not None for row in rows)
 
 
-def test_jobs_are_compared_before_a_run(manifest, aws_env, moto_s3, demo_media, monkeypatch):
-    """By seconds where the GPU is known, else by TFLOP; one that cannot be read, or comes too late, has none."""
+def test_forecast_seconds_uses_tflop_without_gpu_and_skips_unreadable_jobs(
+    manifest, aws_env, moto_s3, demo_media, monkeypatch
+):
+    """Jobs have seconds on a known GPU, else TFLOP; a job that is unreadable or too late has no value."""
     machine_with(monkeypatch, "NVIDIA L40S")
     server = aws_env(moto_s3)
     bucket = server.make_bucket()
@@ -363,8 +363,8 @@ def test_jobs_are_compared_before_a_run(manifest, aws_env, moto_s3, demo_media, 
     assert forecast_seconds(jobs, run, manifest, within_s=-1) == {}
 
 
-def test_what_a_run_will_warn_of_is_known_where_its_poses_are(demo_media, tmp_path, monkeypatch, capsys):
-    """Two people, and a rate above the video's; then the same job with a choice, and with other poses."""
+def test_plan_with_cached_poses_shows_warnings_of_run(demo_media, tmp_path, monkeypatch, capsys):
+    """The job has two people and a rate above the video's; then a chosen person, and then other poses."""
     machine_with(monkeypatch)
     film(tmp_path / "two.mp4", [[(40, 64, LARGE), (140, 64, SMALL)]] * 16, fps=8)
     reference = str(demo_media / "references" / "anna.png")

@@ -60,7 +60,7 @@ def write_manifest(folder: Path, media: Path, *jobs: dict[str, Any]) -> Path:
     return path
 
 
-def test_the_default_recipe_asks_for_its_lora_first(models, capsys):
+def test_quantize_without_lora_of_default_recipe_exits_2(models, capsys):
     assert quantize(models) == 2
     said = capsys.readouterr().err
     assert "weights.missing" in said
@@ -69,7 +69,7 @@ def test_the_default_recipe_asks_for_its_lora_first(models, capsys):
     assert not (models / OWN).exists()
 
 
-def test_a_file_is_made_verified_and_rendered_from(models, demo_media, tmp_path, monkeypatch, capsys):
+def test_quantized_file_is_verified_and_rendered_from(models, demo_media, tmp_path, monkeypatch, capsys):
     fetch_lora(models)
     assert quantize(models) == 0
     assert f"{LAYERS} layers in nvfp4" in capsys.readouterr().out
@@ -112,8 +112,8 @@ def test_a_file_is_made_verified_and_rendered_from(models, demo_media, tmp_path,
     assert "missing" in capsys.readouterr().out
 
 
-def test_calibration_by_a_manifest(models, demo_media, tmp_path, monkeypatch):
-    """Every layer is watched, with the LoRA active, and eagerly: the compiled step that a GPU has is not used."""
+def test_quantize_with_calibration_manifest_watches_every_layer(models, demo_media, tmp_path, monkeypatch):
+    """Every layer is watched with the LoRA active, and runs eagerly, without the compiled step of a GPU."""
     from runner.quantization import activations
     from runner.quantization.files import schemes
 
@@ -146,7 +146,7 @@ def test_calibration_by_a_manifest(models, demo_media, tmp_path, monkeypatch):
     assert not (tmp_path / "cache/calibrate/calibration").exists()
 
 
-def test_the_plain_recipe_its_text_encoder_and_a_lora_by_hand(models, tmp_path, capsys):
+def test_quantize_of_plain_recipe_takes_text_encoder_and_lora_flags(models, tmp_path, capsys):
     fetch_lora(models)
     flags = ["--recipe", "fp4", "--format", "g32", "--scales", "absmax", "--lora", f"{models / DISTILL}:0.5"]
     assert quantize(models, *flags, "--text-encoder") == 0
@@ -160,8 +160,8 @@ def test_the_plain_recipe_its_text_encoder_and_a_lora_by_hand(models, tmp_path, 
 
 
 @pytest.mark.parametrize("layout", SVDQ_LAYOUTS.values(), ids=SVDQ_LAYOUTS)
-def test_svdq_files_without_and_with_calibration(models, demo_media, tmp_path, capsys, layout):
-    """All linears but the last; the LoRA merged first; what was chosen in the metadata and in words."""
+def test_quantize_to_svdq_works_without_and_with_calibration(models, demo_media, tmp_path, capsys, layout):
+    """All linears but the last are quantised with the LoRA merged; metadata and output name the choices."""
     fetch_lora(models)
     file = models / quantized_folder(get_recipe(f"fp4-distill+{layout.name}")) / TRANSFORMER_FILE
     assert quantize(models, "--format", layout.name, "--rank", "16") == 0
@@ -201,8 +201,8 @@ def test_svdq_files_without_and_with_calibration(models, demo_media, tmp_path, c
 
 
 @pytest.mark.parametrize("kind", ["lite", "cache-dit"])
-def test_an_svdq_file_is_exported(models, tmp_path, monkeypatch, capsys, kind):
-    """Another module writes the folder; the verb says which file, and where its config lies."""
+def test_quantize_with_export_writes_svdq_folder(models, tmp_path, monkeypatch, capsys, kind):
+    """Another module writes the folder; the verb passes the file and the path of its config."""
     given: list[Any] = []
 
     def export_svdq(*arguments: Any) -> Path:
@@ -232,13 +232,13 @@ def test_an_svdq_file_is_exported(models, tmp_path, monkeypatch, capsys, kind):
         (["--format", "svdq-int4", "--rank", "17"], "multiples of 16"),
     ],
 )
-def test_what_cannot_be_quantised(models, capsys, flags, said):
+def test_quantize_with_unusable_flags_exits_2(models, capsys, flags, said):
     assert quantize(models, *flags) == 2
     assert said in capsys.readouterr().err
     assert not (models / PLAIN).exists()
 
 
-def test_a_gpu_that_is_not_there_is_no_internal_error(models, capsys, monkeypatch):
+def test_quantize_on_missing_gpu_exits_2(models, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert quantize(models, "--recipe", "fp4", "--device", "cuda") == 2
     assert "device 'cuda' was asked for, but" in capsys.readouterr().err
@@ -246,7 +246,7 @@ def test_a_gpu_that_is_not_there_is_no_internal_error(models, capsys, monkeypatc
 
 
 @pytest.mark.parametrize("fmt", ["nvfp4", "g32"])
-def test_the_plan_lists_every_layer(models, capsys, fmt):
+def test_weights_verify_plan_lists_every_layer(models, capsys, fmt):
     assert main(["weights", "verify", "--plan", "--models", str(models), "--format", fmt]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith(f"{LAYERS} layers quantised: ")

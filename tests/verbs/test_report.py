@@ -57,7 +57,7 @@ def out(request, tmp_path) -> str:
     return f"s3://{aws_env(moto).make_bucket()}/out"
 
 
-def test_two_shards_with_one_run_id_become_one_report(out, tmp_path):
+def test_report_of_two_shards_with_same_run_id_is_one_report(out, tmp_path):
     assert run_stub(out, tmp_path, FOUR, run_id="r", shard="0/2") == 1
     assert run_stub(out, tmp_path, FOUR, run_id="r", shard="1/2") == 0
     found = report_of(out, gpu_hour=3600.0)  # a second costs 1
@@ -99,8 +99,8 @@ def test_two_shards_with_one_run_id_become_one_report(out, tmp_path):
     assert seconds_between(begun, found.finished_at) == pytest.approx(lasted, abs=0.002)
 
 
-def test_it_waits_for_a_run_that_has_not_begun_and_for_its_last_job(tmp_path, monkeypatch):
-    """Each pause lets a shard run: the run is not there, is half done, is done."""
+def test_report_with_wait_waits_for_start_and_last_job(tmp_path, monkeypatch):
+    """A shard runs in each pause: the run is missing, then half done, then done."""
     out, clock, pauses = str(tmp_path / "out"), HandClock(50.0), []
 
     def sleep(seconds: float) -> None:
@@ -116,7 +116,7 @@ def test_it_waits_for_a_run_that_has_not_begun_and_for_its_last_job(tmp_path, mo
     assert (found.counts["succeeded"], found.counts["failed"], found.counts["pending"]) == (3, 1, 0)
 
 
-def test_after_the_timeout_it_reports_what_there_is(tmp_path, monkeypatch):
+def test_report_after_timeout_shows_state_so_far(tmp_path, monkeypatch):
     out, clock = str(tmp_path / "out"), HandClock(50.0)
     monkeypatch.setattr("runner.verbs.report.wait_for_end", partial(wait_for_end, sleep=clock.tick, timer=clock))
     run_stub(out, tmp_path, FOUR, run_id="r", shard="0/2")
@@ -125,7 +125,7 @@ def test_after_the_timeout_it_reports_what_there_is(tmp_path, monkeypatch):
     assert RunReport.model_validate_json((tmp_path / "out/runs/r/report.json").read_bytes()).counts["pending"] == 2
 
 
-def test_a_run_that_has_not_begun_by_the_timeout_is_an_error(tmp_path, monkeypatch, capsys):
+def test_wait_for_unknown_run_exits_with_error_after_timeout(tmp_path, monkeypatch, capsys):
     clock = HandClock(50.0)
     for verb in ("report", "status"):
         again = partial(wait_for_end, sleep=clock.tick, timer=clock)
@@ -137,7 +137,7 @@ def test_a_run_that_has_not_begun_by_the_timeout_is_an_error(tmp_path, monkeypat
     assert "--timeout: needs --wait. Give --wait, or leave --timeout out" in capsys.readouterr().err
 
 
-def test_a_job_s_numbers_are_its_record_s(out, tmp_path):
+def test_report_job_has_numbers_of_record(out, tmp_path):
     run_stub(out, tmp_path, {"a": "ok", "b": "fail-prepare"}, run_id="r")
     found = report_of(out)
     record = read_raw(out, "r").records["a"]
@@ -155,7 +155,7 @@ def test_a_job_s_numbers_are_its_record_s(out, tmp_path):
     assert (found.gpu_hour, found.cost, found.cost_per_film_s, good.cost) == (None, None, None, None)
 
 
-def test_stages_and_caches_are_summed_over_jobs(tmp_path):
+def test_report_sums_stages_and_caches_over_jobs(tmp_path):
     run_stub(str(tmp_path / "out"), tmp_path, dict.fromkeys("abc", "ok"), run_id="r")
     found = report_of(tmp_path / "out")
     records = read_raw(tmp_path / "out", "r").records.values()
@@ -169,7 +169,7 @@ def test_stages_and_caches_are_summed_over_jobs(tmp_path):
     )
 
 
-def test_the_timeline_lies_within_each_process_and_shows_what_overlapped(tmp_path):
+def test_report_spans_lie_within_process_and_overlap(tmp_path):
     run_stub(str(tmp_path / "out"), tmp_path, dict.fromkeys("abc", "ok"), run_id="r", keep_ahead=True)
     (process,) = report_of(tmp_path / "out").processes
     kinds = [(span.stage, span.job_id) for span in process.spans]
@@ -187,7 +187,7 @@ def test_the_timeline_lies_within_each_process_and_shows_what_overlapped(tmp_pat
     assert (process.begin_s, process.finished, process.exit_code, process.device) == (0.0, True, 0, "stub")
 
 
-def test_jobs_that_were_done_before_are_skipped_and_cost_nothing_here(tmp_path):
+def test_report_shows_jobs_done_before_as_skipped_without_cost(tmp_path):
     out = tmp_path / "out"
     run_stub(str(out), tmp_path, {"a": "ok"}, run_id="first")
     run_stub(str(out), tmp_path, {"a": "ok", "b": "ok"}, run_id="second")
@@ -204,7 +204,7 @@ def test_jobs_that_were_done_before_are_skipped_and_cost_nothing_here(tmp_path):
     assert (older.run_id, states(older)) == ("first", {"a": "succeeded"})
 
 
-def test_a_run_whose_outputs_were_rendered_anew_says_that_its_numbers_are_gone(tmp_path):
+def test_report_of_run_with_rerendered_outputs_says_numbers_are_gone(tmp_path):
     out = tmp_path / "out"
     run_stub(str(out), tmp_path, {"a": "ok"}, run_id="first")
     run_stub(str(out), tmp_path, {"a": "ok"}, run_id="second", force=True)
@@ -216,8 +216,8 @@ def test_a_run_whose_outputs_were_rendered_anew_says_that_its_numbers_are_gone(t
     assert any("another run has rendered since: a." in note for note in found.notes)
 
 
-def test_a_run_that_was_cut_short_tells_what_is_pending(tmp_path):
-    """Shard 1 of 2 has not begun; nothing of its jobs counts as done."""
+def test_report_of_unfinished_run_shows_pending_jobs(tmp_path):
+    """Shard 1 of 2 has not begun, and none of its jobs counts as done."""
     out = tmp_path / "out"
     run_stub(str(out), tmp_path, dict.fromkeys("abcd", "ok"), run_id="r", shard="0/2")
     found = report_of(out)
@@ -226,7 +226,7 @@ def test_a_run_that_was_cut_short_tells_what_is_pending(tmp_path):
     assert any("have written no summary: 00001-of-00002" in note for note in found.notes)
 
 
-def test_a_run_that_a_signal_ended_tells_the_signal_and_what_is_pending(tmp_path):
+def test_report_of_run_ended_by_signal_shows_signal_and_pending_jobs(tmp_path):
     out = tmp_path / "out"
     prompts = {"a": "ok", "b": "terminate"} | dict.fromkeys("cdefg", "ok")
     assert run_stub(str(out), tmp_path, prompts, run_id="r") == 143
@@ -237,7 +237,7 @@ def test_a_run_that_a_signal_ended_tells_the_signal_and_what_is_pending(tmp_path
     assert found.finished_at is not None
 
 
-def test_a_killed_process_is_reported_up_to_its_last_record(tmp_path):
+def test_report_of_killed_process_ends_at_last_record(tmp_path):
     out = tmp_path / "out"
     run_that_dies(out, tmp_path, {"a": "ok", "b": "ok", "c": "crash-at-1"}, AB_ENDED)
     raw = read_raw(out, "r")
@@ -258,8 +258,8 @@ def test_a_killed_process_is_reported_up_to_its_last_record(tmp_path):
     assert any("still run or were killed" in note for note in found.notes)
 
 
-def test_a_shard_that_was_started_anew_is_two_processes_and_its_first_jobs_stay_rendered(tmp_path):
-    """The second summary calls them skipped: it knows its own process alone."""
+def test_report_of_restarted_shard_has_two_processes_and_keeps_first_jobs(tmp_path):
+    """The second summary lists the first jobs as skipped, because it only knows its own process."""
     out = tmp_path / "out"
     prompts = {"a": "ok", "b": "ok", "c": "crash-at-1"}
     run_that_dies(out, tmp_path, prompts, AB_ENDED)
@@ -283,8 +283,8 @@ def test_a_shard_that_was_started_anew_is_two_processes_and_its_first_jobs_stay_
     assert sum(job.cost for job in found.jobs) == pytest.approx(found.cost)
 
 
-def test_a_job_that_was_killed_between_its_record_and_the_end_of_its_lease_has_succeeded(tmp_path):
-    """The mark stands beside the record; a later attempt of the same run would have begun after it."""
+def test_report_of_job_killed_after_record_shows_succeeded(tmp_path):
+    """The mark lies beside the record; a later attempt of the same run would have begun after the record."""
     out = tmp_path / "out"
     run_that_dies(out, tmp_path, {"a": "ok", "b": "crash-at-1"}, ["jobs/a/result.json"])
     mark = json.loads((out / "jobs/b/attempt.json").read_text("utf-8"))
@@ -298,7 +298,7 @@ def test_a_job_that_was_killed_between_its_record_and_the_end_of_its_lease_has_s
     assert states(report_of(out))["a"] == "lost"
 
 
-def test_a_process_that_wrote_no_summary_is_known_by_its_records(tmp_path):
+def test_report_shows_process_without_summary_by_records(tmp_path):
     out = tmp_path / "out"
     run_that_dies(out, tmp_path, {"a": "ok", "b": "crash-at-1"}, ["jobs/a/result.json"])
     assert read_raw(out, "r").summaries == []
@@ -311,7 +311,7 @@ def test_a_process_that_wrote_no_summary_is_known_by_its_records(tmp_path):
     assert found.started_at == record["started_at"]
 
 
-def test_a_process_that_ended_before_any_record_is_told_by_its_mark(tmp_path):
+def test_report_shows_process_without_records_by_mark(tmp_path):
     out = tmp_path / "out"
     run_that_dies(out, tmp_path, {"a": "crash-at-1"} | dict.fromkeys("bcd", "ok"), [])
     found = report_of(out, gpu_hour=2.49)
@@ -338,7 +338,7 @@ def make_older(out: Path, run_id: str) -> None:
         path.write_text(json.dumps(data), "utf-8")
 
 
-def test_a_run_of_an_older_version_is_reported_as_far_as_it_is_known(tmp_path):
+def test_report_of_run_of_older_version_shows_known_values_and_notes(tmp_path):
     out = tmp_path / "out"
     run_stub(str(out), tmp_path, {"a": "ok", "b": "fail-generate"}, run_id="r")
     gpu_s = read_raw(out, "r").records["a"]["gpu_s"]
@@ -357,7 +357,7 @@ def test_a_run_of_an_older_version_is_reported_as_far_as_it_is_known(tmp_path):
     assert "Records of an older version, without hosts and times by thread: a." in said
 
 
-def test_a_damaged_summary_is_told_and_the_rest_is_reported(tmp_path):
+def test_report_with_damaged_summary_notes_damage_and_reports_rest(tmp_path):
     out = tmp_path / "out"
     for shard in ("0/2", "1/2"):
         run_stub(str(out), tmp_path, {"a": "ok", "b": "ok"}, run_id="r", shard=shard)
@@ -371,7 +371,7 @@ def test_a_damaged_summary_is_told_and_the_rest_is_reported(tmp_path):
     assert "the jobs of run r cannot be read" in said
 
 
-def test_the_page_shows_previews_and_links_to_outputs_wherever_it_lies(out, tmp_path):
+def test_report_page_shows_previews_and_links_in_any_folder(out, tmp_path):
     run_stub(out, tmp_path, {"a": "ok"}, run_id="r")
     report_of(out)
     beside = open_storage(out).read_bytes("runs/r/report.html").decode()
@@ -385,7 +385,7 @@ def test_the_page_shows_previews_and_links_to_outputs_wherever_it_lies(out, tmp_
     assert "../../jobs" not in elsewhere
 
 
-def test_an_unknown_run_and_an_empty_folder_are_refused(tmp_path, capsys):
+def test_report_of_unknown_run_or_empty_folder_is_refused(tmp_path, capsys):
     with pytest.raises(ConfigInvalid, match="has no run"):
         report(ReportSettings(out=str(tmp_path / "nothing")))
     run_stub(str(tmp_path / "out"), tmp_path, {"a": "ok"}, run_id="night-7")
@@ -395,7 +395,7 @@ def test_an_unknown_run_and_an_empty_folder_are_refused(tmp_path, capsys):
     assert "--run" in capsys.readouterr().err
 
 
-def test_the_command_ends_with_0_whatever_became_of_the_jobs_and_json_is_one_object(tmp_path, capsys):
+def test_report_of_failed_jobs_exits_0_and_json_is_one_object(tmp_path, capsys):
     out = tmp_path / "out"
     assert run_stub(str(out), tmp_path, {"a": "ok", "b": "fail-generate"}, run_id="r") == 1
     capsys.readouterr()
@@ -410,7 +410,7 @@ def test_the_command_ends_with_0_whatever_became_of_the_jobs_and_json_is_one_obj
     assert "input" not in capsys.readouterr().err
 
 
-def test_a_report_leaves_status_and_later_reports_as_they_were(tmp_path):
+def test_report_twice_gives_same_report(tmp_path):
     out = tmp_path / "out"
     run_stub(str(out), tmp_path, {"a": "ok"}, run_id="r")
     first, again = (report_of(out) for _ in range(2))
@@ -418,13 +418,13 @@ def test_a_report_leaves_status_and_later_reports_as_they_were(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["-1", "much", "nan", "inf", True])
-def test_a_price_that_is_none_is_refused(wrong):
+def test_report_with_invalid_gpu_hour_is_refused(wrong):
     with pytest.raises(ConfigInvalid, match=r"--gpu-hour.*2\.49"):
         ReportSettings(out="out", gpu_hour=wrong)
 
 
-def test_many_records_are_read_at_the_same_time(tmp_path, monkeypatch):
-    """On an object store each read takes as long as the way there and back."""
+def test_report_reads_many_records_in_parallel(tmp_path, monkeypatch):
+    """On an object store each read takes one round trip."""
     out = tmp_path / "out"
     run_stub(str(out), tmp_path, {"a": "ok"}, run_id="r")
     record = json.loads((out / "jobs/a/result.json").read_text("utf-8"))

@@ -126,8 +126,8 @@ def mark_of(name: str, *, pid: int = 7, begin: float = 3.0, run_id: str = "r") -
     loading=st.floats(0, 1e4),
     price=st.floats(0, 1e3),
 )
-def test_costs_sum_to_the_total_and_seconds_to_theirs(gpu_s, failed, more_work, seconds, loading, price):
-    """Also where the clock of a process went back, and its parts are longer than the whole."""
+def test_build_report_shares_cost_and_seconds_that_sum_to_total(gpu_s, failed, more_work, seconds, loading, price):
+    """The sums also hold if the clock of a process went back and its parts are longer than the whole."""
     records = [record_of(f"j{n}", gpu_s=one, ok=n not in failed) for n, one in enumerate(gpu_s)]
     work = sum(gpu_s) + more_work
     usage = usage_of(seconds=seconds, work_s=work, loading=[SpanRecord(begin_s=0, end_s=loading)])
@@ -149,7 +149,7 @@ def test_costs_sum_to_the_total_and_seconds_to_theirs(gpu_s, failed, more_work, 
 
 
 @given(st.lists(st.sampled_from("abcdefgh"), unique=True), st.lists(st.sampled_from("abcdefgh"), unique=True))
-def test_jobs_stand_in_the_manifest_s_order_and_others_after_them(listed, named):
+def test_build_report_lists_jobs_in_manifest_order_and_others_last(listed, named):
     found = build([summary_of(lines=[(name, "not_run") for name in named])], jobs=listed)
     names = [job.id for job in found.jobs]
     assert names == listed + [name for name in named if name not in listed]
@@ -176,7 +176,7 @@ def test_jobs_stand_in_the_manifest_s_order_and_others_after_them(listed, named)
         ([], None, None, "pending"),
     ],
 )
-def test_the_state_of_a_job_follows_from_its_lines_its_record_and_its_row(lines, record, row, state):
+def test_job_status_follows_from_summary_lines_record_and_row(lines, record, row, state):
     summaries = [summary_of(f"h-{n}", [("a", status)], started_at=at(5)) for n, status in enumerate(lines)]
     records = []
     if record is not None:
@@ -188,7 +188,7 @@ def test_the_state_of_a_job_follows_from_its_lines_its_record_and_its_row(lines,
 
 
 @pytest.mark.parametrize("state", ["running", "lost"])
-def test_a_job_under_way_tells_its_host_and_keeps_its_process_alive(state):
+def test_running_job_shows_host_and_extends_process(state):
     stale = summary_of(lines=[("a", "not_run")], processes=[usage_of(finished=False)], finished_at=None, exit_code=None)
     seen = SeenMark(mark_of("a"), heard_at=BEGIN.timestamp() + 42)
     found = build([stale], rows=[row_of("a", state)], marks=[("a", seen)], jobs=["a"])
@@ -197,7 +197,7 @@ def test_a_job_under_way_tells_its_host_and_keeps_its_process_alive(state):
     assert (process.end_s, process.finished, found.seconds, found.finished_at) == (42.0, False, 42.0, None)
 
 
-def test_a_mark_of_another_run_or_process_prolongs_nothing():
+def test_mark_of_other_run_or_process_does_not_extend_process():
     stale = summary_of(processes=[usage_of(finished=False)], finished_at=None)
     for mark in (mark_of("a", run_id="later"), mark_of("a", pid=8), mark_of("a", begin=-1.0)):
         seen = SeenMark(mark, heard_at=BEGIN.timestamp() + 42)
@@ -205,7 +205,7 @@ def test_a_mark_of_another_run_or_process_prolongs_nothing():
         assert found.processes[0].end_s == 10.0
 
 
-def test_records_belong_to_the_process_of_their_shard_and_host_that_began_last_before_them():
+def test_records_belong_to_last_process_of_shard_and_host_begun_before():
     processes = [usage_of(seconds=3.0, finished=False), usage_of(pid=8, started_at=at(20), seconds=5.0)]
     records = [record_of("a", begin=1, end=4), record_of("b", begin=21, end=23), record_of("c", begin=1, host="other")]
     found = build([summary_of(processes=processes, exit_code=1, stopped_by="SIGTERM")], records)
@@ -219,7 +219,7 @@ def test_records_belong_to_the_process_of_their_shard_and_host_that_began_last_b
     assert found.finished_at is None
 
 
-def test_times_of_spans_count_from_the_start_of_the_run():
+def test_span_times_count_from_start_of_run():
     spans = {"generate": SpanRecord(begin_s=0.25, end_s=0.75), "prepare": SpanRecord(begin_s=0.0, end_s=0.25)}
     late = summary_of("h-8", processes=[usage_of(pid=8, started_at=at(5))])
     found = build([late, summary_of()], [record_of("a", begin=6.0, end=7.0, shard="h-8", spans=spans)])
@@ -232,12 +232,12 @@ def test_times_of_spans_count_from_the_start_of_the_run():
     ]
 
 
-def test_a_frame_rate_that_is_no_whole_number_is_exact():
+def test_film_seconds_with_fractional_frame_rate_are_exact():
     (job,) = build([summary_of(lines=[("a", "succeeded")])], [record_of("a")]).jobs
     assert job.film_s == pytest.approx(1.001)
 
 
-def test_older_summaries_leave_cost_unknown():
+def test_build_report_of_older_summary_has_unknown_cost():
     found = build(
         [summary_of(lines=[("a", "succeeded")], processes=[])], [record_of("a", host="", gpu_s=None)], gpu_hour=1
     )

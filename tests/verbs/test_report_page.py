@@ -59,7 +59,7 @@ def section(page: ParsedPage, begin: str, end: str) -> str:
 # -- head --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_head_says_what_ran_how_it_ended_and_what_it_cost(tmp_path):
+def test_report_page_head_shows_run_end_and_cost(tmp_path):
     page = write(make_run(24, pending=5), tmp_path)
     for text in (
         "20 of 29 jobs done · 4 failed · 5 pending",
@@ -78,19 +78,19 @@ def test_the_head_says_what_ran_how_it_ended_and_what_it_cost(tmp_path):
     )  # at the top and above the jobs
 
 
-def test_without_a_price_no_cost_is_named(tmp_path):
+def test_report_page_without_price_shows_no_cost(tmp_path):
     page = write(make_run(6, gpu_hour=None), tmp_path)
     assert "Cost" not in page.text
     assert not any("cost" in job for job in data_of(page)["jobs"])
 
 
-def test_a_run_that_ended_says_from_when_to_when(tmp_path):
+def test_report_page_of_ended_run_shows_start_and_end(tmp_path):
     page = write(make_run(4, killed=False), tmp_path)
     assert "2026-11-29 22:00:00 UTC to 2026-11-30 05:58:12 UTC," in page.text
     assert "still runs" not in page.text
 
 
-def test_every_status_has_a_chip_in_its_colour(tmp_path):
+def test_report_page_has_coloured_chip_for_every_status(tmp_path):
     page = write(make_report([make_job(f"job-{state}", state) for state in STATES], []), tmp_path)
     chips = [item["data-filter"] for item in page.of("button", class_="chip")]
     assert chips == ["", *STATES] * 2
@@ -98,7 +98,7 @@ def test_every_status_has_a_chip_in_its_colour(tmp_path):
     assert [state for state in STATES if f".s-{state}{{" not in style] == []
 
 
-def test_gpu_seconds_are_one_bar_whose_parts_are_the_numbers(tmp_path):
+def test_gpu_seconds_bar_parts_match_numbers(tmp_path):
     spent = GpuSeconds(total=200, work=150, loading=30, idle=20)
     page = write(make_report([make_job("a")], [], gpu_seconds=spent), tmp_path)
     bars = {str(item["class"]): item for item in page.of("rect") if str(item["class"]).startswith("u-")}
@@ -108,7 +108,7 @@ def test_gpu_seconds_are_one_bar_whose_parts_are_the_numbers(tmp_path):
         assert text in page.text, text
 
 
-def test_gpu_seconds_that_are_not_known_are_no_zeros(tmp_path):
+def test_unknown_gpu_seconds_are_not_shown_as_zero(tmp_path):
     nothing = GpuSeconds(total=0, work=0, loading=0, idle=0)
     page = write(make_report([make_job("a")], [], gpu_seconds=nothing), tmp_path)
     assert "GPU seconds not known: no process has left a summary" in page.text
@@ -116,7 +116,7 @@ def test_gpu_seconds_that_are_not_known_are_no_zeros(tmp_path):
     assert "Film 4.8 s" in page.text
 
 
-def test_a_run_without_anything_is_a_page_too(tmp_path):
+def test_report_page_of_empty_run_is_written(tmp_path):
     nothing = GpuSeconds(total=0, work=0, loading=0, idle=0)
     page = write(make_report([], [], gpu_seconds=nothing, caches={}, gpu_hour=2.0), tmp_path)
     assert "0 of 0 jobs done" in page.text
@@ -127,7 +127,7 @@ def test_a_run_without_anything_is_a_page_too(tmp_path):
 # -- timeline ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_process_has_three_lanes_and_its_spans_with_their_jobs(tmp_path):
+def test_process_has_three_lanes_and_spans_with_jobs(tmp_path):
     report = make_run(12)
     page, data = write(report, tmp_path), None
     assert len(page.of("section", class_="process")) == len(report.processes) == 3
@@ -142,7 +142,7 @@ def test_every_process_has_three_lanes_and_its_spans_with_their_jobs(tmp_path):
             assert (begin, end) == pytest.approx((span.begin_s, span.end_s), abs=0.001)
 
 
-def test_a_process_that_was_killed_is_marked(tmp_path):
+def test_killed_process_is_marked_in_report_page(tmp_path):
     page = write(make_run(12), tmp_path)
     assert len(page.of("span", class_="killed")) == 1
     assert "nova-02 shard 2-of-2 NVIDIA H200 pid 4004 did not end: it still runs or was killed; last heard of at" in (
@@ -151,13 +151,13 @@ def test_a_process_that_was_killed_is_marked(tmp_path):
     assert [process["finished"] for process in data_of(page)["processes"]] == [True, False, True]
 
 
-def test_a_process_that_was_stopped_says_by_what(tmp_path):
+def test_stopped_process_shows_signal(tmp_path):
     process = make_process(["a"]).model_copy(update={"stopped_by": "SIGTERM", "exit_code": 130})
     assert "stopped: SIGTERM" in write(make_report([make_job("a")], [process]), tmp_path).text
 
 
-def test_a_process_that_left_no_summary_has_no_number(tmp_path):
-    """Only the records of its jobs tell of it; its host's clock may be behind the first one's."""
+def test_process_without_summary_has_no_pid(tmp_path):
+    """The process is known only by the records of its jobs; its host's clock may be behind the first host's."""
     process = make_process(["a"], begin_s=-20.0, finished=False)
     page = write(
         make_report([make_job("a")], [type(process).model_construct(**dict(process) | {"pid": None})]), tmp_path
@@ -168,7 +168,7 @@ def test_a_process_that_left_no_summary_has_no_number(tmp_path):
     assert all(span[2] <= span[3] for span in spans)
 
 
-def test_a_span_of_a_job_that_the_report_does_not_list_keeps_its_name(tmp_path):
+def test_span_of_unlisted_job_keeps_job_name(tmp_path):
     data = data_of(write(make_report([make_job("a")], [make_process(["gone"])]), tmp_path))
     spans = [span for span in data["processes"][0]["spans"] if data["stages"][span[0]] != "load"]
     assert {span[1] for span in spans} == {-1}
@@ -178,7 +178,7 @@ def test_a_span_of_a_job_that_the_report_does_not_list_keeps_its_name(tmp_path):
 # -- failures and warnings ---------------------------------------------------------------------------------------------
 
 
-def test_jobs_that_failed_by_the_same_cause_are_one_group(tmp_path):
+def test_failures_with_same_cause_are_one_group(tmp_path):
     todo = "Check the path in the manifest"
     missing = [
         make_job(
@@ -201,7 +201,7 @@ def test_jobs_that_failed_by_the_same_cause_are_one_group(tmp_path):
     assert links[:25] == [str(number) for number in range(1, 26)]
 
 
-def test_a_short_id_is_not_looked_for_in_messages(tmp_path):
+def test_short_job_id_is_not_replaced_in_messages(tmp_path):
     jobs = [
         make_job(name, "failed", error=make_error("internal", f"{name} fell", "Report it"))
         for name in ("a", "b", "lone")
@@ -211,19 +211,19 @@ def test_a_short_id_is_not_looked_for_in_messages(tmp_path):
     assert "‹job›" not in text
 
 
-def test_lost_jobs_are_among_the_failures(tmp_path):
+def test_lost_jobs_are_listed_under_failures(tmp_path):
     page = write(make_report([make_job("x", "lost"), make_job("y", "lost")], []), tmp_path)
     text = section(page, "Failures", "Forecast and measured")
     assert text.startswith("Failures lost 2 jobs begun by nova-02 x y")
 
 
-def test_an_output_that_stands_is_no_failure(tmp_path):
-    """Done before, and a later attempt with other settings failed: its record says both."""
+def test_succeeded_job_with_later_error_is_not_failure(tmp_path):
+    """The job was done before and a later attempt with other settings failed; its record has both."""
     job = make_job("x", "succeeded", error=make_error("internal", "boom", "Report it"))
     assert "Failures" not in write(make_report([job], []), tmp_path).text
 
 
-def test_warnings_are_grouped_by_their_text(tmp_path):
+def test_warnings_are_grouped_by_text(tmp_path):
     jobs = [make_job(f"job-{i}", warnings=["same note", f"job-{i}: its own"]) for i in range(3)]
     text = section(write(make_report(jobs, []), tmp_path), "Warnings", "Forecast and measured")
     assert text.strip() == "Warnings same note job-0 job-1 job-2 ‹job›: its own job-0 job-1 job-2"
@@ -232,7 +232,7 @@ def test_warnings_are_grouped_by_their_text(tmp_path):
 # -- forecast, caches, stages ------------------------------------------------------------------------------------------
 
 
-def test_the_farthest_from_its_forecast_comes_first(tmp_path):
+def test_forecast_section_lists_farthest_ratio_first(tmp_path):
     jobs = [
         make_job("as-said", gpu_s=100, forecast_s=100),
         make_job("slower", gpu_s=150, forecast_s=100),
@@ -251,12 +251,12 @@ def test_the_farthest_from_its_forecast_comes_first(tmp_path):
     assert bars == [("under", 0, 50), ("over", 50, 29.2), ("under", 50, 0)]  # half and less; log2 of 1.5; equal
 
 
-def test_without_a_forecast_a_sentence_says_so(tmp_path):
+def test_report_page_without_forecast_says_none_exists(tmp_path):
     page = write(make_run(4, forecast=False, killed=False), tmp_path)
     assert "There is no forecast: no job was rendered on a device whose speed is known." in page.text
 
 
-def test_caches_show_hits_of_lookups(tmp_path):
+def test_caches_section_shows_hits_of_lookups(tmp_path):
     page = write(make_run(24), tmp_path)
     for text in ("text 16 of 24 66.7 %", "conditions 6 of 24 25.0 %", "lora 0 of 0 –"):
         assert text in page.text, text
@@ -269,7 +269,7 @@ def test_caches_show_hits_of_lookups(tmp_path):
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
-def test_jobs_carry_what_is_known_of_them(tmp_path):
+def test_job_data_has_all_known_values(tmp_path):
     job = make_job("mira", cost=0.0425, warnings=["a note"])
     page = write(make_report([job], [], gpu_hour=2.5), tmp_path, link=lambda job_id: f"../../jobs/{job_id}/output.mp4")
     data = data_of(page)
@@ -304,13 +304,13 @@ def test_jobs_carry_what_is_known_of_them(tmp_path):
 
 
 @pytest.mark.parametrize("address", ["javascript:alert(1)", "//elsewhere.example/x", "s3://b/k", "data:text/html,x"])
-def test_an_address_that_no_browser_should_open_is_no_link(tmp_path, address):
+def test_unsafe_output_address_is_not_link(tmp_path, address):
     data = data_of(write(make_report([make_job("a")], []), tmp_path, link=lambda _: address))
     assert "link" not in data["jobs"][0]
     assert data["jobs"][0]["output"].endswith("output.mp4")
 
 
-def test_a_job_without_output_is_not_asked_for_its_link(tmp_path):
+def test_job_without_output_is_not_asked_for_link(tmp_path):
     asked = []
     report = make_report([make_job("a"), make_job("b", "pending")], [])
     write(report, tmp_path, link=asked.append)
@@ -335,7 +335,7 @@ def test_previews_are_small_jpegs_in_blocks(tmp_path):
     assert kinds[-3:] == [None, "pictures-0", "pictures-1"]  # after the script: the page is used before they are there
 
 
-def test_a_wide_preview_fits_as_well(tmp_path):
+def test_wide_preview_is_scaled_to_fit(tmp_path):
     from PIL import Image
 
     wide = jpeg_preview("w", (2000, 300))
@@ -344,7 +344,7 @@ def test_a_wide_preview_fits_as_well(tmp_path):
         assert image.size == (240, 36)
 
 
-def test_previews_stop_at_the_limit_and_the_rest_says_why(tmp_path, monkeypatch):
+def test_previews_above_limit_are_left_out_with_reason(tmp_path, monkeypatch):
     small, _ = report_page._shrink(preview())
     assert small is not None
     monkeypatch.setattr(report_page, "PICTURE_BYTES", 3 * len(small) + 10)
@@ -365,7 +365,7 @@ def test_previews_stop_at_the_limit_and_the_rest_says_why(tmp_path, monkeypatch)
     assert len(asked) == 100  # those of the block that filled the page; none after it
 
 
-def test_a_preview_that_cannot_be_had_says_why(tmp_path):
+def test_unreadable_preview_shows_reason(tmp_path):
     def posters(key: str) -> bytes | None:
         if "gone" in key:
             return None
@@ -398,7 +398,7 @@ def hostile_report() -> RunReport:
     return make_report(jobs, [process], gpu_hour=2.0, caches=caches, notes=[HOSTILE], **head)
 
 
-def test_foreign_text_stays_text(tmp_path):
+def test_hostile_text_in_report_page_stays_text(tmp_path):
     def refuse(_: str) -> bytes:
         raise StorageUnavailable(HOSTILE)
 
@@ -417,12 +417,12 @@ def test_foreign_text_stays_text(tmp_path):
         assert not name.startswith("on"), (name, value)
 
 
-def test_a_path_whose_bytes_are_no_text_does_not_stop_the_page(tmp_path):
+def test_output_path_with_non_utf8_bytes_is_escaped(tmp_path):
     report = make_report([make_job("a", output="/out/\udcff.mp4")], [], out="/out/\udcff")
     assert r"/out/\udcff" in write(report, tmp_path).text
 
 
-def test_the_page_names_nothing_outside_itself(tmp_path):
+def test_report_page_has_no_external_resources(tmp_path):
     page = write(make_run(24), tmp_path, posters=lambda _: preview())
     for tag, attributes in page.elements:
         for name in ("src", "href", "action", "srcset", "poster"):
@@ -436,7 +436,7 @@ def test_the_page_names_nothing_outside_itself(tmp_path):
             assert "innerHTML" not in text
 
 
-def test_the_policy_allows_the_page_s_own_script_and_style_alone(tmp_path):
+def test_report_page_policy_allows_only_own_script_and_style(tmp_path):
     import hashlib
 
     page = write(make_run(3), tmp_path)
@@ -450,7 +450,7 @@ def test_the_policy_allows_the_page_s_own_script_and_style_alone(tmp_path):
         assert rules[kind] == [f"'sha256-{digest}'"]
 
 
-def test_a_value_that_json_has_not_is_no_value(tmp_path):
+def test_nan_and_infinity_are_left_out_of_job_data(tmp_path):
     job = make_job("a", wall_s=float("nan"), gpu_s=float("inf"), stages_s={"denoise": float("inf")})
     page = write(make_report([job], [], stages_s={"denoise": float("inf")}), tmp_path)
     (found,) = data_of(page)["jobs"]
@@ -458,13 +458,13 @@ def test_a_value_that_json_has_not_is_no_value(tmp_path):
     assert "gpu" not in found
 
 
-def test_ten_thousand_jobs_are_a_page_of_few_megabytes_without_their_pictures(tmp_path):
+def test_report_page_of_10000_jobs_without_previews_is_below_8_mb(tmp_path):
     write(make_run(10_000), tmp_path)
     size = (tmp_path / "report.html").stat().st_size
     assert size < 8_000_000
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_write_page_with_denied_write_keeps_old_file(tmp_path, monkeypatch):
     (tmp_path / "report.html").write_text("old")
 
     def refuse(*_: object) -> None:
@@ -477,7 +477,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     assert (tmp_path / "report.html").read_text() == "old"
 
 
-def test_without_jinja2_no_preview_is_fetched_and_the_error_says_what_to_install(tmp_path, monkeypatch):
+def test_write_page_without_jinja2_names_extra_and_fetches_no_preview(tmp_path, monkeypatch):
     report_page._environment.cache_clear()
     monkeypatch.setitem(sys.modules, "jinja2", None)
     asked: list[str] = []
@@ -487,7 +487,7 @@ def test_without_jinja2_no_preview_is_fetched_and_the_error_says_what_to_install
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_style_that_the_page_names_is_in_its_sheet_or_its_script(tmp_path):
+def test_report_page_classes_are_all_in_style_sheet_or_script(tmp_path):
     names = set()
     for made in (make_run(24, pending=2), hostile_report()):
         page = write(made, tmp_path)

@@ -100,7 +100,7 @@ def spans(page: Any, process: int, lane: str) -> list[dict[str, Any]]:
 # -- timeline ----------------------------------------------------------------------------------------------------------
 
 
-def test_spans_stand_where_they_were_in_time_and_overlap(page):
+def test_spans_are_placed_by_time_and_overlap(page):
     """Job k is generated while k+1 is prepared and k−1 delivered."""
     lanes = {lane: spans(page, 0, lane) for lane in ("prepare", "generate", "deliver")}
     process = NIGHT.processes[0]
@@ -127,7 +127,7 @@ def test_spans_stand_where_they_were_in_time_and_overlap(page):
         assert times(lane, job)[1] > times("generate", middle)[0]
 
 
-def test_neighbours_differ_in_colour_and_a_job_has_one(page):
+def test_neighbouring_spans_differ_in_colour_and_job_keeps_colour(page):
     generated = [span for span in spans(page, 0, "generate") if "load" not in span["kind"]]
     colours = {span["job"]: span["kind"] for span in generated}
     kinds = [span["kind"] for span in generated]
@@ -138,7 +138,7 @@ def test_neighbours_differ_in_colour_and_a_job_has_one(page):
     assert failed == [number for number, job in enumerate(NIGHT.jobs) if number % 2 == 0 and job.status == "failed"]
 
 
-def test_a_process_that_was_killed_ends_with_a_mark(page):
+def test_killed_process_ends_with_mark(page):
     ends = page.evaluate("[...document.querySelectorAll('.process')].map(item => item.querySelector('.end').className)")
     assert ends == ["end", "end killed", "end"]
     killed = NIGHT.processes[1]
@@ -150,7 +150,7 @@ def test_a_process_that_was_killed_ends_with_a_mark(page):
 
 
 @pytest.mark.parametrize("way", ["pointer", "keys"])
-def test_a_span_tells_job_stage_begin_end_and_seconds(page, way):
+def test_span_tip_shows_job_stage_begin_end_and_seconds(page, way):
     job = next(span for span in spans(page, 0, "deliver"))["job"]
     if way == "pointer":
         page.locator(f".span[data-of='{job}']").nth(2).hover()
@@ -186,7 +186,7 @@ def test_a_span_tells_job_stage_begin_end_and_seconds(page, way):
     assert not tip.is_visible()
 
 
-def test_a_click_on_a_span_goes_to_its_job(page):
+def test_click_on_span_goes_to_job(page):
     page.locator("[data-process='2'] [data-lane=generate] .span").nth(2).click()
     number = page.evaluate("Number(document.activeElement.id.replace('job-', ''))")
     generated = [span.job_id for span in NIGHT.processes[2].spans if span.stage == "generate"]
@@ -195,7 +195,7 @@ def test_a_click_on_a_span_goes_to_its_job(page):
     assert 0 < box["y"] < WIDE["height"] - box["height"]
 
 
-def test_a_click_finds_its_job_behind_a_filter(page):
+def test_click_on_span_finds_job_hidden_by_filter(page):
     page.locator("#jobs .chip.s-failed").click()
     page.locator("#find").fill("nothing like this")
     page.locator(".tracks").scroll_into_view_if_needed()
@@ -204,7 +204,7 @@ def test_a_click_finds_its_job_behind_a_filter(page):
     assert len(page.evaluate(SHOWN)) == 29
 
 
-def test_enter_on_a_span_goes_to_its_job(page):
+def test_enter_on_span_goes_to_job(page):
     page.locator(".tracks").focus()
     for key in ("ArrowRight", "ArrowDown", "ArrowRight"):
         page.keyboard.press(key)
@@ -213,7 +213,7 @@ def test_enter_on_a_span_goes_to_its_job(page):
     assert page.evaluate("document.activeElement.id") == f"job-{job}"
 
 
-def test_arrow_keys_walk_through_every_span_of_a_lane(page):
+def test_arrow_keys_reach_every_span_of_lane(page):
     page.locator(".tracks").focus()
     page.keyboard.press("ArrowRight")
     walked = []
@@ -234,7 +234,7 @@ def width(page: Any) -> float:
     return page.evaluate("document.querySelector('.inner').offsetWidth")
 
 
-def test_zoom_by_slider_buttons_keys_and_wheel_and_back(page):
+def test_timeline_zooms_by_slider_buttons_keys_and_wheel(page):
     fitted = width(page)
     assert page.evaluate("document.querySelector('.tracks').scrollWidth") <= fitted
     page.locator("#zoom").fill("50")
@@ -263,7 +263,7 @@ def test_zoom_by_slider_buttons_keys_and_wheel_and_back(page):
     wait_until(page, f"scrollY > {top}")
 
 
-def test_a_long_night_is_merged_and_told_apart_by_zooming(opened, long_night):
+def test_timeline_of_long_night_merges_spans_and_zoom_splits_them(opened, long_night):
     page = opened(long_night)
     for lane in ("prepare", "generate", "deliver"):
         found = spans(page, 0, lane)
@@ -290,7 +290,7 @@ def test_a_long_night_is_merged_and_told_apart_by_zooming(opened, long_night):
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
-def test_chips_filter_and_both_sets_agree(page):
+def test_chips_filter_jobs_and_both_sets_agree(page):
     assert len(page.evaluate(SHOWN)) == 29
     page.locator(".top .chip.s-failed").click()
     failed = [job.id for job in NIGHT.jobs if job.status == "failed"]
@@ -303,7 +303,7 @@ def test_chips_filter_and_both_sets_agree(page):
     assert page.locator(".top .chip.s-failed").get_attribute("aria-pressed") == "false"
 
 
-def test_find_by_id_host_and_code(page):
+def test_find_field_matches_id_host_and_code(page):
     page.keyboard.press("/")
     page.keyboard.type("DANCE-01")
     assert page.evaluate(SHOWN) == [job.id for job in NIGHT.jobs if "dance-01" in job.id]
@@ -318,7 +318,7 @@ def test_find_by_id_host_and_code(page):
     assert len(page.evaluate(SHOWN)) == 29
 
 
-def test_columns_sort_both_ways_and_back_to_the_manifest(page):
+def test_columns_sort_both_ways_and_back_to_manifest_order(page):
     manifest = [job.id for job in NIGHT.jobs]
     measured = {job.id: job.gpu_s for job in NIGHT.jobs if job.gpu_s is not None}
     button = page.get_by_role("button", name="Sort by GPU seconds", exact=True)
@@ -339,7 +339,7 @@ def test_columns_sort_both_ways_and_back_to_the_manifest(page):
     assert page.locator(".row").first.locator(".warned").inner_text() == "!"
 
 
-def test_the_link_of_the_forecast_sorts_by_the_farthest_ratio(page):
+def test_forecast_link_sorts_jobs_by_farthest_ratio(page):
     page.locator("#forecast a[data-sort=ratio]").click()
     away = {
         job.id: max(job.gpu_s / job.forecast_s, job.forecast_s / job.gpu_s)
@@ -350,7 +350,7 @@ def test_the_link_of_the_forecast_sorts_by_the_farthest_ratio(page):
     assert [away[name] for name in shown] == pytest.approx(sorted(away.values(), reverse=True), rel=1e-3)
 
 
-def test_a_row_shows_its_picture_numbers_link_and_a_place_holder(page):
+def test_row_shows_picture_numbers_link_or_place_holder(page):
     row = page.locator("#job-0")
     wait_until(page, "document.querySelector('#job-0 img').naturalHeight === 120")
     assert row.locator("img").get_attribute("alt") == f"Preview of {NIGHT.jobs[0].id}"
@@ -365,7 +365,7 @@ def test_a_row_shows_its_picture_numbers_link_and_a_place_holder(page):
     assert page.locator("#job-28 .place-holder").inner_text() == "pending"
 
 
-def test_details_fold_out_and_in(page):
+def test_job_details_fold_out_and_in(page):
     button = page.locator("#job-4 .more-button")
     button.click()
     details = page.locator("#job-4 + .more")
@@ -380,14 +380,14 @@ def test_details_fold_out_and_in(page):
     assert not page.locator("#job-4 + .more").is_visible()
 
 
-def test_failures_lead_to_their_jobs(page):
+def test_failure_link_goes_to_job(page):
     link = page.locator("#failures a[data-job]").first
     name = link.inner_text()
     link.click()
     assert page.evaluate("document.activeElement.cells[1].textContent") == name
 
 
-def test_ten_thousand_jobs_are_drawn_in_part_and_found_anywhere(opened, long_night):
+def test_table_of_10000_jobs_is_drawn_in_part_and_searched_in_full(opened, long_night):
     page = opened(long_night)
     assert page.evaluate("performance.timing.domContentLoadedEventEnd - performance.timing.navigationStart") < 8000
     assert 100 <= page.evaluate("document.querySelectorAll('.row').length") < 600
@@ -415,7 +415,7 @@ def test_ten_thousand_jobs_are_drawn_in_part_and_found_anywhere(opened, long_nig
 # -- looks -------------------------------------------------------------------------------------------------------------
 
 
-def test_dark_mode_changes_colours_and_both_are_legible(page):
+def test_dark_and_light_mode_have_legible_contrast(page):
     page.locator("#job-5 .more-button").click()
     texts = ["h1", ".about dt", ".chip", ".badge.killed", ".shares .faint", ".legend", ".tick", ".lane-name"]
     texts += [".process-name span", ".cause", ".numbers thead th", ".numbers td", "#job-0 .badge", "#job-4 .badge"]
@@ -430,7 +430,7 @@ def test_dark_mode_changes_colours_and_both_are_legible(page):
 
 
 @pytest.mark.parametrize("viewport", [NARROW, WIDE, {"width": 700, "height": 900}, {"width": 1600, "height": 900}])
-def test_nothing_is_cut_off_at_the_side(opened, night, tmp_path, viewport):
+def test_page_with_long_texts_has_nothing_cut_off_at_side(opened, night, tmp_path, viewport):
     long_id = "a-very-long-id-" + "without-an-end-" * 8 + "0"
     error = make_error("internal", "x" * 300, "Report it: " + "y" * 200)
     jobs = [make_job(long_id, warnings=["z" * 300]), make_job(f"{long_id}1", "failed", error=error)]
@@ -452,7 +452,7 @@ def test_nothing_is_cut_off_at_the_side(opened, night, tmp_path, viewport):
         assert outside == []
 
 
-def test_narrow_rows_keep_their_numbers_with_their_names(opened, night):
+def test_narrow_rows_show_numbers_with_column_names(opened, night):
     page = opened(night, NARROW)
     page.locator("#jobs-title").scroll_into_view_if_needed()
     wait_until(page, "document.getElementById('job-0')")
@@ -464,7 +464,7 @@ def test_narrow_rows_keep_their_numbers_with_their_names(opened, night):
     assert page.evaluate(SHOWN)[0] == max(NIGHT.jobs, key=lambda job: job.gpu_s or 0).id
 
 
-def test_keys_reach_every_control_and_focus_is_seen(page):
+def test_tab_key_reaches_every_control_with_visible_focus(page):
     page.locator(".top .chip").first.focus()
     assert focused_names(page, 12)[:10] == [
         "All",
@@ -497,7 +497,7 @@ def test_hostile_texts_are_shown_as_text(opened, tmp_path):
     assert page.locator("#job-1 .name").inner_text() == "</script><img src=x onerror=alert(1)>"
 
 
-def test_a_run_without_processes_and_jobs_opens(opened, tmp_path):
+def test_page_of_run_without_processes_and_jobs_opens(opened, tmp_path):
     page = opened(write(make_report([], []), tmp_path))
     assert page.locator(".none").is_visible()
     assert "No process of this run has left a summary yet." in page.locator("#timeline").inner_text()

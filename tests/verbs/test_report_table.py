@@ -46,7 +46,7 @@ def rows_of(lines: list[str]) -> list[str]:
     return lines[first : lines.index("", first)]
 
 
-def test_totals_come_first():
+def test_print_report_shows_totals_first():
     cache = ReuseRecord(hits=5, misses=2, hit_rate=0.7143)
     report = make_report(
         jobs=JOBS,
@@ -69,7 +69,7 @@ def test_totals_come_first():
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
-def test_the_table_fits_the_terminal_and_names_the_columns_that_have_no_room(width):
+def test_report_table_fits_terminal_and_names_missing_columns(width):
     report = make_report(jobs=JOBS, out="s3://bucket/out")
     lines = printed(report, width=width)
     table = rows_of(lines)
@@ -90,7 +90,7 @@ def test_the_table_fits_the_terminal_and_names_the_columns_that_have_no_room(wid
         assert body[2].startswith(LONG) and body[2].rstrip().endswith(f"jobs/{LONG}/output.mp4")
 
 
-def test_off_a_terminal_nothing_is_cut_or_folded():
+def test_report_table_outside_terminal_is_not_cut_or_folded():
     lines = printed(make_report(jobs=JOBS, out="s3://bucket/out"), width=None)
     head, *rows = rows_of(lines)
     assert len(rows) == len(JOBS)
@@ -101,12 +101,12 @@ def test_off_a_terminal_nothing_is_cut_or_folded():
     ]
 
 
-def test_columns_without_a_value_are_left_out():
+def test_report_table_omits_columns_without_value():
     lines = printed(make_report(jobs=[JobReport(id="a", status="pending", reason="not begun")]), width=None)
     assert [line.split() for line in rows_of(lines)] == [["job", "status"], ["a", "pending"]]
 
 
-def test_failures_warnings_and_files_stand_below_the_table():
+def test_report_table_is_followed_by_failures_warnings_and_files():
     same = [job(name, warnings=["cut to the rendered span"]) for name in "abcde"]
     report = make_report(jobs=[*same, *JOBS[2:]], notes=["Each host's times come from its own clock."])
     lines = printed(report)
@@ -123,20 +123,20 @@ def test_failures_warnings_and_files_stand_below_the_table():
     ]
 
 
-def test_what_is_not_known_is_not_told_as_nought():
+def test_print_report_does_not_show_unknown_values_as_zero():
     nothing = GpuSeconds(total=0, work=0, loading=0, idle=0)
     text = "\n".join(printed(make_report(processes=[], gpu_seconds=nothing, gpu_hour=2.49)))
     assert "GPU seconds not known" in text
     assert "cost ? at 2.49 per GPU hour · ? per second of film" in text
 
 
-def test_json_is_the_report_alone(capsys):
+def test_print_report_json_is_only_report(capsys):
     report = make_report()
     print_report(Reported(report, ("f",)), as_json=True)
     assert json.loads(capsys.readouterr().out) == report.model_dump(mode="json")
 
 
-def test_secrets_and_control_characters_stay_out(capsys):
+def test_print_report_hides_secrets_and_control_characters(capsys):
     error = ErrorRecord(code="x", message="https://me:secretword@host/\x1b[2J", stage="prepare", retryable=False)
     report = make_report(jobs=[job("bad", error=error, **FAILED)], notes=["https://me:secretword@host/"])
     print_report(Reported(report, ()), as_json=False)

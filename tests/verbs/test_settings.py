@@ -88,9 +88,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("settings", "required", "field", "value", "words"), WRONG)
-def test_a_wrong_value_is_refused_in_the_same_words_from_python_and_from_the_command_line(
-    settings, required, field, value, words, capsys
-):
+def test_settings_refuse_wrong_value_in_same_words_as_command_line(settings, required, field, value, words, capsys):
     (verb,) = [verb for verb in VERBS if verb.settings is settings]
     ((item, flag),) = [found for found in flags_of(settings) if found[0].name == field]
     with pytest.raises(ConfigInvalid) as caught:
@@ -127,12 +125,12 @@ def test_a_wrong_value_is_refused_in_the_same_words_from_python_and_from_the_com
         ("device", None, "auto, cpu or cuda"),
     ],
 )
-def test_a_value_of_a_wrong_type_is_refused(field, value, words):
+def test_settings_with_value_of_wrong_type_are_refused(field, value, words):
     with pytest.raises(ConfigInvalid, match=words):
         RunSettings(**RUN | {field: value})
 
 
-def test_fields_that_contradict_each_other_are_refused():
+def test_settings_with_contradicting_fields_are_refused():
     with pytest.raises(ConfigInvalid, match=r"--shard 0/4 and --shard-count 5 contradict"):
         RunSettings(**RUN, shard="0/4", shard_count=5)
     with pytest.raises(ConfigInvalid, match=r"--shard any and --shard-count 5 contradict"):
@@ -158,7 +156,7 @@ def test_fields_that_contradict_each_other_are_refused():
         QuantizeSettings(calibrate="m.yaml", scales="mse")
 
 
-def test_flags_of_svdq_belong_to_svdq_formats():
+def test_svdq_flags_with_other_format_are_refused():
     svdq, other = SVDQ_LAYOUTS
     for more in ({"rank": 32}, {"refits": 0}, {"export": ("lite", "folder")}):
         with pytest.raises(ConfigInvalid, match=f"--{next(iter(more))} is for SVDQ; nvfp4 has no low-rank factors"):
@@ -178,7 +176,7 @@ def test_flags_of_svdq_belong_to_svdq_formats():
     assert QuantizeSettings(format=svdq, export=["cache-dit", "a b"]).export == ("cache-dit", Path("a b"))
 
 
-def test_a_recipe_s_products_decide_the_number_format():
+def test_quantize_settings_take_number_format_from_recipe():
     svdq = next(iter(SVDQ_LAYOUTS))
     assert (QuantizeSettings().number_format, QuantizeSettings().target_recipe) == ("nvfp4", "fp4-distill")
     implied = QuantizeSettings(recipe=f"fp4-distill+{svdq}+steps4")
@@ -188,7 +186,7 @@ def test_a_recipe_s_products_decide_the_number_format():
     assert QuantizeSettings(recipe="fp4-distill+fp8", format="g32").target_recipe == "fp4-distill+fp8"
 
 
-def test_values_have_their_types_however_they_were_given(tmp_path):
+def test_settings_convert_values_to_field_types(tmp_path):
     made = RunSettings(
         manifest=tmp_path / "m.yaml", out=tmp_path, cache="cache", max_attempts="5", drain_s=3, input_root=["a", "b"]
     )
@@ -201,7 +199,7 @@ def test_values_have_their_types_however_they_were_given(tmp_path):
         made.force = True
 
 
-def test_defaults_of_the_environment_are_read_when_the_value_is_made(monkeypatch, tmp_path):
+def test_settings_read_environment_defaults_when_created(monkeypatch, tmp_path):
     monkeypatch.delenv("VIDEO_LAB_MODELS", raising=False)
     monkeypatch.delenv("VIDEO_LAB_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -214,7 +212,7 @@ def test_defaults_of_the_environment_are_read_when_the_value_is_made(monkeypatch
     assert RunSettings(**RUN).cache == Path("/cache")
 
 
-def test_choices_are_those_that_the_code_below_has():
+def test_settings_choices_match_code_below():
     from runner.preprocess.networks.providers import NetworkOptions
     from runner.quantization.files.svdq_export import EXPORT_KINDS
     from runner.quantization.formats.e2m1 import FORMATS
@@ -231,7 +229,7 @@ def test_choices_are_those_that_the_code_below_has():
     assert (run.pose_precision, run.tensorrt) == (networks.pose_precision, networks.tensorrt)
 
 
-def test_importing_them_is_cheap():
+def test_settings_import_loads_no_heavy_module():
     script = "import sys, runner.verbs.settings; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}

@@ -32,7 +32,7 @@ pytest_plugins = ["tests.s3_servers"]
 __all__ = ["bench"]
 
 
-def test_a_folder_that_holds_nothing_is_told_from_one_without_failures(tmp_path):
+def test_status_of_empty_folder_is_refused(tmp_path):
     """A mistyped path must not read as "0 failed"."""
     for read in (read_run_status, read_jobs):
         with pytest.raises(ConfigInvalid, match="--out"):
@@ -41,7 +41,7 @@ def test_a_folder_that_holds_nothing_is_told_from_one_without_failures(tmp_path)
     assert read_run_status(open_storage(tmp_path)).rows == ()
 
 
-def test_a_job_under_way_is_running_and_says_where_and_when_it_was_heard_of(tmp_path, capsys):
+def test_running_job_shows_host_and_time_of_last_mark(tmp_path, capsys):
     storage = open_storage(tmp_path)
     ledger = Ledger(storage)
     ledger.begin("a", Decision("run", "", attempt=2), "f", "r")
@@ -57,7 +57,7 @@ def test_a_job_under_way_is_running_and_says_where_and_when_it_was_heard_of(tmp_
     assert "no run has written its list of jobs" in told
 
 
-def test_a_job_whose_runner_is_not_heard_of_any_more_is_lost(tmp_path):
+def test_job_with_expired_lease_is_lost(tmp_path):
     storage = open_storage(tmp_path)
     Ledger(storage, lease_s=30).begin("a", Decision("run", ""), "f", "r")
     long_ago = time.time() - 31
@@ -68,7 +68,7 @@ def test_a_job_whose_runner_is_not_heard_of_any_more_is_lost(tmp_path):
     assert 30 < row.heard_s < 33
 
 
-def test_a_job_whose_process_has_ended_is_lost_at_once(tmp_path):
+def test_job_with_ended_process_is_lost_at_once(tmp_path):
     begin = f"from tests.verbs.test_status import begin; begin({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", begin], check=True, cwd=Path(__file__).parents[2])
     (row,) = read_run_status(open_storage(tmp_path)).rows
@@ -102,8 +102,8 @@ def states(bench: Bench, run_id: str | None = None) -> dict[str, str]:
     return {row.id: row.status for row in read_run_status(bench.out, run_id).rows if row.listed}
 
 
-def test_what_the_manifest_has_and_no_run_has_begun_is_pending(bench, capsys):
-    """Stopped after two of seven jobs it is not green; the jobs stand in the manifest's order."""
+def test_job_of_manifest_that_has_not_begun_is_pending(bench, capsys):
+    """A run stopped after two of seven jobs does not exit with 0; the jobs are in manifest order."""
     jobs = [bench.job(name) for name in "gfedcba"]
     keep(bench, *jobs)
     bench.run(*jobs[:2])
@@ -126,7 +126,7 @@ def test_what_the_manifest_has_and_no_run_has_begun_is_pending(bench, capsys):
     assert "7 of 7 done · 0 failed\n" in capsys.readouterr().out
 
 
-def test_a_failed_job_ends_status_with_1_and_its_sentence_stands_below_the_table(bench, capsys):
+def test_status_with_failed_job_exits_1_and_prints_reason_below_table(bench, capsys):
     jobs = [bench.job("a"), bench.job("b", "fail-generate")]
     keep(bench, *jobs)
     assert bench.run(*jobs) == 1
@@ -141,7 +141,7 @@ def test_a_failed_job_ends_status_with_1_and_its_sentence_stands_below_the_table
 
 
 @pytest.mark.parametrize("change", ["options", "prompt", "weights"])
-def test_a_record_of_other_settings_is_no_result_of_this_run(bench, change):
+def test_job_with_record_of_other_settings_is_pending(bench, change):
     keep(bench, bench.job("a"))
     bench.run(bench.job("a"))
     assert states(bench) == {"a": "succeeded"}
@@ -157,7 +157,7 @@ def test_a_record_of_other_settings_is_no_result_of_this_run(bench, change):
     assert row.output is not None, "the older output lies there"
 
 
-def test_a_forced_run_counts_what_it_has_rendered_itself(bench):
+def test_forced_run_counts_only_own_records(bench):
     keep(bench, bench.job("a"))
     bench.run(bench.job("a"))
     keep(bench, bench.job("a"), run_id="r2", force=True)
@@ -167,8 +167,8 @@ def test_a_forced_run_counts_what_it_has_rendered_itself(bench):
     assert states(bench, "r2") == {"a": "succeeded"}
 
 
-def test_a_failure_of_the_present_settings_beside_an_older_output_is_a_failure(bench):
-    """The record beside it is of older settings: it does not make the job pending."""
+def test_failure_of_current_settings_beside_older_output_is_failed(bench):
+    """The record beside the failure has older settings and does not make the job pending."""
     bench.run(bench.job("a", seed=1))
     keep(bench, bench.job("a", seed=2), run_id="r2")
     record = bench.result("a")
@@ -189,7 +189,7 @@ def test_a_failure_of_the_present_settings_beside_an_older_output_is_a_failure(b
 
 
 @pytest.mark.parametrize("form", ["mp4", "png"])
-def test_a_record_whose_output_is_gone_is_not_done(bench, form):
+def test_job_with_missing_output_is_pending(bench, form):
     job = bench.job("a", output={"format": form})
     keep(bench, job)
     bench.run(job)
@@ -204,7 +204,7 @@ def test_a_record_whose_output_is_gone_is_not_done(bench, form):
 
 
 @pytest.mark.parametrize("form", ["mp4", "png"])
-def test_a_record_whose_output_has_another_size_is_not_done(bench, form):
+def test_job_with_output_of_other_size_is_pending(bench, form):
     job = bench.job("a", output={"format": form})
     keep(bench, job)
     bench.run(job)
@@ -218,8 +218,8 @@ def test_a_record_whose_output_has_another_size_is_not_done(bench, form):
     assert row.reason.startswith("the output is not what the record says: ")
 
 
-def test_what_lies_there_whatever_the_outputs_say(bench):
-    """`compare` and `approve` say themselves what is wrong with an output."""
+def test_read_jobs_does_not_check_outputs(bench):
+    """`compare` and `approve` report problems of an output on their own."""
     bench.run(bench.job("a"))
     (bench.folder / "out/jobs/a/output.mp4").unlink()
     found = read_jobs(bench.out)
@@ -227,7 +227,7 @@ def test_what_lies_there_whatever_the_outputs_say(bench):
     assert found.records["a"].job_id == "a"
 
 
-def test_a_record_that_cannot_be_read_is_no_record(bench):
+def test_job_with_unreadable_record_is_pending(bench):
     keep(bench, bench.job("a"))
     bench.out.write_bytes("jobs/a/result.json", b"{torn")
     (row,) = read_run_status(bench.out).rows
@@ -246,7 +246,7 @@ def test_jobs_of_other_manifests_come_last_and_are_not_counted(bench, capsys):
     assert "jobs of other manifests: 1 succeeded · 1 failed\n" in capsys.readouterr().out
 
 
-def test_the_run_that_began_last_is_looked_at_unless_another_is_named(bench, capsys):
+def test_status_shows_newest_run_unless_run_is_named(bench, capsys):
     for index, name in enumerate("abc"):
         keep(bench, *(bench.job(f"{name}{number}") for number in range(index + 1)), run_id=f"r-{name}")
         os.utime(bench.folder / f"out/runs/r-{name}/jobs.json", (1000 + index, 1000 + index))
@@ -256,7 +256,7 @@ def test_the_run_that_began_last_is_looked_at_unless_another_is_named(bench, cap
     assert "there is no list of jobs of run r-d; runs with a list: r-c, r-b, r-a" in capsys.readouterr().err
 
 
-def test_warnings_are_counted_and_shown(bench, capsys):
+def test_status_counts_and_shows_warnings(bench, capsys):
     keep(bench, bench.job("a"), bench.job("b"))
     bench.run(bench.job("a"), bench.job("b"))
     record = bench.result("b") | {"warnings": ["fps is above the source's"]}
@@ -269,7 +269,7 @@ def test_warnings_are_counted_and_shown(bench, capsys):
     assert told.endswith("2 of 2 done · 0 failed · 1 with warnings\n")
 
 
-def test_json_is_one_object_and_nothing_else(bench, capsys):
+def test_status_json_is_one_object(bench, capsys):
     keep(bench, bench.job("a"), bench.job("b"))
     bench.run(bench.job("a"))
     capsys.readouterr()
@@ -282,7 +282,7 @@ def test_json_is_one_object_and_nothing_else(bench, capsys):
         assert [(job["id"], job["status"]) for job in found["jobs"]] == [("a", "succeeded"), ("b", "pending")]
 
 
-def test_many_jobs_are_folded(bench, capsys):
+def test_status_of_many_jobs_is_folded(bench, capsys):
     jobs = [bench.job(f"j{index:03d}") for index in range(60)]
     keep(bench, *jobs)
     bench.run(jobs[0], bench.job("j001", "fail-generate"))
@@ -320,7 +320,7 @@ RUNNING = StatusRow(id="run", status="running", host="gpu-a", heard_s=4.0, run_i
 PENDING = StatusRow(id="wait", status="pending", reason="not begun")
 
 
-def test_the_rate_is_of_the_run_from_its_first_start():
+def test_rate_counts_from_first_start_of_run():
     rows = [ended(0, 0, HOUR), ended(1, 0, HOUR), ended(2, HOUR, 2 * HOUR, status="failed"), RUNNING, PENDING, PENDING]
     found = seen(rows, 2 * HOUR)
     assert (found.rate_per_hour, found.left) == (1.5, 3)
@@ -328,26 +328,26 @@ def test_the_rate_is_of_the_run_from_its_first_start():
     assert seen(rows, 4 * HOUR).rate_per_hour == 0.75, "a stall shows"
 
 
-def test_the_rate_is_that_of_the_last_fifty():
+def test_rate_is_that_of_last_50_jobs():
     slow = [ended(index, index * HOUR, (index + 1) * HOUR) for index in range(100)]
     quick = [ended(100 + index, 100 * HOUR, 100 * HOUR + 36 * (index + 1)) for index in range(50)]
     assert seen([*slow, *quick], 100.5 * HOUR).rate_per_hour == pytest.approx(100)
 
 
-def test_the_rate_does_not_count_what_was_done_before_nor_what_is_of_other_manifests():
+def test_rate_ignores_jobs_of_older_runs_and_other_manifests():
     rows = [ended(0, 0, HOUR, run_id="older"), ended(1, 0, HOUR, listed=False), RUNNING]
     assert (seen(rows, HOUR).rate_per_hour, seen(rows, HOUR).eta_s) == (None, None)
     rows.append(ended(2, 0.5 * HOUR, HOUR))
     assert seen(rows, HOUR).rate_per_hour == 2
 
 
-def test_without_a_running_job_there_is_no_eta():
+def test_eta_without_running_job_is_unknown():
     found = seen([ended(0, 0, HOUR), PENDING], 2 * HOUR)
     assert (found.rate_per_hour, found.eta_s) == (0.5, None)
 
 
-def test_counts_always_sum_to_the_total():
-    """Whatever lies in the folder, each job of the manifest has one status."""
+def test_status_counts_sum_to_total():
+    """Each job of the manifest has exactly one status, whatever the folder contains."""
     for code in range(5**4):
         picked = [STATES[code // 5**place % 5] for place in range(4)]
         rows = [StatusRow(id=str(i), status=state, listed=i != 3) for i, state in enumerate(picked)]
@@ -386,7 +386,7 @@ def counting(bench) -> CountingStorage:
     return CountingStorage(bench.folder / "out")
 
 
-def test_a_second_look_reads_what_has_changed_alone(bench, counting):
+def test_second_read_reads_only_changed_records(bench, counting):
     keep(bench, *(bench.job(name) for name in "abc"))
     bench.run(bench.job("a"), bench.job("b"))
     reader = StatusReader(counting)
@@ -401,8 +401,8 @@ def test_a_second_look_reads_what_has_changed_alone(bench, counting):
     assert [(row.id, row.status) for row in found.rows] == [("a", "succeeded"), ("b", "pending"), ("c", "succeeded")]
 
 
-def test_a_mark_that_is_not_renewed_ages_without_being_read(bench, counting):
-    """By the store's clock when it was read, and then by the time between the looks."""
+def test_mark_that_is_not_renewed_ages_without_read(bench, counting):
+    """The age is taken from the store's clock at the read, and then from the time between the reads."""
     Ledger(bench.out, lease_s=30).begin("a", Decision("run", ""), "f", "r")
     at = [100.0]
     reader = StatusReader(counting, clock=lambda: 5000 + at[0], timer=lambda: at[0])
@@ -421,7 +421,7 @@ def test_a_mark_that_is_not_renewed_ages_without_being_read(bench, counting):
     assert last.marks["a"].heard_at == pytest.approx(first.marks["a"].heard_at)
 
 
-def test_a_renewed_mark_is_read_again(bench, counting):
+def test_renewed_mark_is_read_again(bench, counting):
     ledger = Ledger(bench.out, lease_s=30)
     ledger.begin("a", Decision("run", ""), "f", "r")
     at = [100.0]
@@ -433,7 +433,7 @@ def test_a_renewed_mark_is_read_again(bench, counting):
     assert (row.status, row.heard_s < 2, "2 segments" in row.reason) == ("running", True, True)
 
 
-def test_a_process_that_ends_between_two_looks_is_seen(tmp_path):
+def test_process_that_ends_between_two_reads_is_lost(tmp_path):
     begin = f"from tests.verbs.test_status import begin_and_wait; begin_and_wait({str(tmp_path)!r})"
     process = subprocess.Popen(
         [sys.executable, "-c", begin], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
@@ -453,8 +453,8 @@ def begin_and_wait(out: str) -> None:
     os._exit(0)
 
 
-def test_a_job_that_ends_while_it_is_looked_at_is_not_pending_for_a_moment(bench, counting):
-    """The listing showed its mark alone; when that is read, the job is done: its record and output count."""
+def test_job_that_ends_during_read_is_succeeded(bench, counting):
+    """The listing has only the mark; when the mark is read, the job is done, and its record and output count."""
     keep(bench, bench.job("a"))
     bench.run(bench.job("a"))
     done = bench.folder / "done"
@@ -471,7 +471,7 @@ def test_a_job_that_ends_while_it_is_looked_at_is_not_pending_for_a_moment(bench
     assert (row.status, row.reason) == ("succeeded", "")
 
 
-def test_a_look_that_failed_is_made_again_in_full(bench, counting):
+def test_read_after_failed_read_is_complete(bench, counting):
     keep(bench, bench.job("a"))
     bench.run(bench.job("a"))
 
@@ -486,7 +486,7 @@ def test_a_look_that_failed_is_made_again_in_full(bench, counting):
     assert reader.read().counts["succeeded"] == 1
 
 
-def test_a_new_run_is_noticed_at_the_next_look(bench):
+def test_new_run_is_found_by_next_read(bench):
     keep(bench, bench.job("a"))
     os.utime(bench.folder / "out/runs/r1/jobs.json", (1000, 1000))
     newest, named = StatusReader(bench.out), StatusReader(bench.out, "r1")
@@ -496,7 +496,7 @@ def test_a_new_run_is_noticed_at_the_next_look(bench):
     assert newest.read().counts["total"] == 2
 
 
-def test_status_waits_as_its_settings_say(bench, monkeypatch):
+def test_status_waits_as_settings_say(bench, monkeypatch):
     keep(bench, bench.job("a"))
     waits = []
     monkeypatch.setattr(status_verb, "wait_for_end", lambda read, **how: waits.append(how) or read())
@@ -516,8 +516,8 @@ def test_status_waits_as_its_settings_say(bench, monkeypatch):
 # -- on S3 -------------------------------------------------------------------------------------------------------------
 
 
-def test_on_s3_only_what_the_listing_shows_is_asked_for(bench, faulty_s3, aws_env):
-    """One request a record or mark; an output is known by its ETag, and asked for only where the listing differs."""
+def test_status_on_s3_requests_only_listed_records_and_marks(bench, faulty_s3, aws_env):
+    """One request per record or mark; an output is checked by the listed ETag, and requested only if that differs."""
     aws_env(faulty_s3)
     storage = open_storage(f"s3://{faulty_s3.make_bucket()}/out")
     jobs = [bench.job(name) for name in "abc"]
@@ -539,7 +539,7 @@ def test_on_s3_only_what_the_listing_shows_is_asked_for(bench, faulty_s3, aws_en
     )
 
 
-def test_a_listing_and_the_records_of_a_run_read_as_one_state(bench):
+def test_status_of_folder_with_jobs_of_all_states_is_consistent(bench):
     """Jobs of all states in one folder."""
     jobs = [
         bench.job("done"),
@@ -571,7 +571,7 @@ def test_a_listing_and_the_records_of_a_run_read_as_one_state(bench):
     assert replace(found, rows=found.rows[:2]).exit_code == 1
 
 
-def test_garbage_is_looked_for_less_often_while_records_are_read(bench, monkeypatch):
+def test_read_run_status_raises_gc_threshold_while_reading(bench, monkeypatch):
     keep(bench, bench.job("a"))
     bench.run(bench.job("a"))
     seen = []

@@ -32,7 +32,7 @@ def held(status: str, *heard: tuple[str, float]) -> list[StatusRow]:
     ]
 
 
-def test_the_counts_in_one_line():
+def test_counts_line_has_all_counts():
     found = seen(
         rows(312, "succeeded"),
         rows(3, "failed"),
@@ -44,19 +44,19 @@ def test_the_counts_in_one_line():
     )
 
 
-def test_only_a_count_of_no_failures_is_told_where_there_is_none():
+def test_counts_line_shows_zero_only_for_failures():
     assert counts_line(seen(rows(2, "succeeded"))) == "2 of 2 done · 0 failed"
     found = seen(rows(1, "succeeded", warnings=("w",)), held("lost", ("gpu-c", 90.0)))
     assert counts_line(found) == "1 of 2 done · 0 failed · 1 lost (gpu-c last heard of 90 s ago) · 1 with warnings"
 
 
-def test_a_host_with_many_jobs_is_told_once_and_many_hosts_in_short():
+def test_counts_line_names_host_once_and_shortens_many_hosts():
     assert "3 running (a heard of 2 s ago)" in counts_line(seen(held("running", ("a", 8.0), ("a", 2.0), ("a", 5.0))))
     many = [(f"gpu-{index}", 3.0 + index) for index in range(12)]
     assert "12 running (12 hosts heard of 3 to 14 s ago)" in counts_line(seen(held("running", *many)))
 
 
-def test_jobs_of_other_manifests_have_a_line_of_their_own():
+def test_others_line_counts_jobs_of_other_manifests():
     others = [*rows(3, "succeeded", listed=False), *rows(1, "failed", listed=False)]
     found = seen(rows(1, "succeeded"), others)
     assert counts_line(found) == "1 of 1 done · 0 failed"
@@ -64,7 +64,7 @@ def test_jobs_of_other_manifests_have_a_line_of_their_own():
     assert others_line(seen(rows(1, "succeeded"))) is None
 
 
-def test_without_a_manifest_the_line_does_not_say_of_how_many():
+def test_counts_line_without_manifest_has_no_total():
     found = seen(rows(2, "succeeded"), rows(1, "failed"), run_id=None)
     assert counts_line(found) == "2 done · 1 failed"
     assert "jobs that have not begun are not counted" in source_line(found)
@@ -94,7 +94,7 @@ def going_on(done: int, left: int, hours: float) -> RunStatus:
     return seen(ended, held("running", ("a", 1.0)), rows(left - 1, "pending"), now=AT)
 
 
-def test_the_pace():
+def test_pace_line_shows_rate_and_eta():
     assert pace_line(going_on(31, 40, 2.5), UTC) == "12.4 jobs an hour · ETA 11:13:33 (in 3:13:33)"
     assert (
         pace_line(going_on(31, 40, 2.5), timezone(timedelta(hours=9)))
@@ -112,11 +112,11 @@ def test_the_pace():
         (seen(rows(1, "pending")), "no job of this run has ended yet · no job is running"),
     ],
 )
-def test_a_pace_that_is_not_known(found, line):
+def test_pace_line_of_unknown_rate_says_why(found, line):
     assert pace_line(found, UTC) == line
 
 
-def test_what_is_shown_of_many_jobs_and_below_the_table():
+def test_shown_rows_and_notes_of_many_jobs_are_selected():
     failed = rows(1, "failed", code="internal", reason="internal: a bug")
     warned = rows(1, "succeeded", warnings=("one", "two"))
     changed = rows(1, "pending", reason="its settings have changed since: succeeded at t")

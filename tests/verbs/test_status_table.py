@@ -8,8 +8,8 @@ from runner.verbs.status import RunStatus, StatusRow
 from runner.verbs.status_table import StatusWatch, print_status
 
 
-def test_a_watched_status_fits_the_screen(monkeypatch):
-    """Each row has one line; where there are too many, the counts stay."""
+def test_watched_status_fits_screen(monkeypatch):
+    """Each row has one line; if there are too many rows, the counts are still shown."""
     rows = [StatusRow(id=f"{'long' * 20}-{n}", status="failed", code="internal", reason="r" * 300) for n in range(40)]
     rows[30] = StatusRow(id="now", status="running", stage="generating", host="gpu-a", heard_s=3.0)
     found = RunStatus("out", "r", "m.yaml", tuple(rows), {})
@@ -37,8 +37,8 @@ def printed(rows: list[StatusRow], width: int, monkeypatch) -> list[str]:
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
-def test_a_narrow_terminal_gets_the_columns_that_it_has_room_for(monkeypatch):
-    """No id is folded while a column that has no value, or that is needed less, takes its room."""
+def test_status_table_in_narrow_terminal_has_columns_that_fit(monkeypatch):
+    """An id is folded only after empty and less important columns were left out."""
     name, film = "mira-replaces-the-greeter", "21 frames 96x144 at 16 fps"
     done = [StatusRow(id=name, status="succeeded", attempt=1, seconds=1.6, film=film)]
     assert printed(done, 89, monkeypatch)[:2] == [
@@ -59,7 +59,7 @@ def test_a_narrow_terminal_gets_the_columns_that_it_has_room_for(monkeypatch):
     assert printed(done, 200, monkeypatch)[0].split() == ["job", "status", "attempt", "seconds", "reason", "output"]
 
 
-def test_a_long_reason_stands_below_the_table_of_a_status(monkeypatch):
+def test_status_table_shows_long_reason_below_table(monkeypatch):
     reason = "input.unreadable: " + "the stream is damaged " * 20
     row = StatusRow(id="a", status="failed", code="input.unreadable", reason=reason.strip())
     header, cells, *rest = printed([row], 80, monkeypatch)

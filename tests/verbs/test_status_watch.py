@@ -52,7 +52,7 @@ def wait(looks: list[Any], **how: Any) -> tuple[Seen, Clock, list[Seen], list[di
     return found, clock, shown, log
 
 
-def test_it_returns_when_no_job_is_left_and_says_when_the_counts_have_changed():
+def test_wait_for_end_returns_when_no_job_is_left_and_logs_changes():
     found, clock, shown, log = wait([Seen(3), Seen(3), Seen(1), Seen(0)], every_s=7)
     assert (found, clock.pauses) == (Seen(0), [7, 7, 7])
     assert shown == [Seen(3), Seen(3), Seen(1), Seen(0)]
@@ -60,23 +60,23 @@ def test_it_returns_when_no_job_is_left_and_says_when_the_counts_have_changed():
     assert "failed" not in log[0], "what is none is left out"
 
 
-def test_what_is_done_already_is_not_waited_for():
+def test_wait_for_end_of_finished_run_returns_at_once():
     _, clock, shown, _ = wait([Seen(0)])
     assert (clock.pauses, shown) == ([], [Seen(0)])
 
 
-def test_after_the_timeout_the_last_status_returns_with_a_warning():
+def test_wait_for_end_after_timeout_returns_last_status_and_warns():
     found, clock, shown, log = wait([Seen(3)] * 9, timeout_s=25)
     assert (found, clock.pauses, len(shown)) == (Seen(3), [10, 10, 5], 4)
     assert log[-1] == {"event": "gave_up_waiting", "log_level": "warning", "run": "r", "after_s": 25, "left": 3}
 
 
-def test_a_timeout_of_nothing_is_one_look():
+def test_wait_for_end_with_timeout_0_reads_once():
     _, clock, shown, _ = wait([Seen(3)], timeout_s=0)
     assert (clock.pauses, shown) == ([], [Seen(3)])
 
 
-def test_a_store_that_is_away_for_a_while_ends_no_wait():
+def test_wait_for_end_continues_while_store_is_unavailable():
     away = StorageUnavailable("does not answer", where="s3://bucket")
     found, clock, shown, log = wait([Seen(3), away, away, Seen(0)])
     assert (found, len(clock.pauses), log[1]["event"]) == (Seen(0), 3, "not_read")
@@ -84,7 +84,7 @@ def test_a_store_that_is_away_for_a_while_ends_no_wait():
 
 
 @pytest.mark.parametrize("looks", [[StorageUnavailable("away")], [Seen(3), StorageDenied("no")]])
-def test_the_first_look_and_what_cannot_pass_end_it(looks):
+def test_wait_for_end_raises_error_of_first_read_or_permanent_error(looks):
     with pytest.raises(type(looks[-1])):
         wait(looks)
 
@@ -92,20 +92,20 @@ def test_the_first_look_and_what_cannot_pass_end_it(looks):
 ABSENT = RunUnknown("there is no list of jobs of run r")
 
 
-def test_a_run_that_is_not_there_yet_is_waited_for():
+def test_wait_for_end_waits_for_run_that_is_missing():
     away = StorageUnavailable("does not answer", where="s3://bucket")
     found, clock, shown, log = wait([ABSENT, ABSENT, away, Seen(3), Seen(0)], every_s=7)
     assert (found, clock.pauses, shown) == (Seen(0), [7, 7, 7, 7], [Seen(3), Seen(0)])
     assert [line["event"] for line in log] == ["waiting_for_run", "not_read", "waiting", "changed"]
 
 
-def test_the_timeout_holds_for_both_waits_together():
+def test_wait_for_end_timeout_covers_both_waits():
     found, clock, _, log = wait([ABSENT, ABSENT, Seen(3), Seen(3)], timeout_s=25)
     assert (found, clock.pauses, log[-1]["event"]) == (Seen(3), [10, 10, 5], "gave_up_waiting")
 
 
 @pytest.mark.parametrize(("timeout_s", "pauses"), [(25, [10, 10, 5]), (0, [])])
-def test_a_run_that_never_comes_is_an_error_after_the_timeout(timeout_s, pauses):
+def test_wait_for_end_of_run_that_never_starts_raises_after_timeout(timeout_s, pauses):
     clock = Clock()
 
     def read() -> Seen:
@@ -116,6 +116,6 @@ def test_a_run_that_never_comes_is_an_error_after_the_timeout(timeout_s, pauses)
     assert clock.pauses == pauses
 
 
-def test_what_cannot_pass_ends_the_wait_for_a_run():
+def test_wait_for_end_raises_permanent_error_while_run_is_missing():
     with pytest.raises(StorageDenied):
         wait([ABSENT, StorageDenied("no")])

@@ -80,7 +80,7 @@ def bench(aws_env, moto_s3, tmp_path) -> Bench:
 # -- what is sent ------------------------------------------------------------------------------------------------------
 
 
-def test_the_manifest_is_kept_and_the_job_is_submitted_last(bench):
+def test_submit_keeps_manifest_before_job_is_submitted(bench):
     found = bench.submit(
         recipe="fp4-distill", memory="stream", max_attempts=5, env=["OMP_NUM_THREADS=8", "A=b=c"], time_limit="90m",
         spot=True, gpu_hour=2.5, drain_s=15, cpus=4,
@@ -114,7 +114,7 @@ def test_the_manifest_is_kept_and_the_job_is_submitted_last(bench):
     assert (found.folder, found.uploaded) == (None, 0)
 
 
-def test_only_the_chosen_jobs_are_frozen_and_no_task_is_without_one(bench):
+def test_submit_freezes_chosen_jobs_and_lowers_shards_to_job_count(bench):
     found = bench.submit(only=["[ab]"], limit=1, shards=16)
     assert [job.id for job in bench.kept().jobs] == ["a"]
     assert bench.platform.seen[0].shards == 1
@@ -132,7 +132,7 @@ def test_only_the_chosen_jobs_are_frozen_and_no_task_is_without_one(bench):
         ("x" * 39 + "-b.yaml", "x" * 39),
     ],
 )
-def test_names_and_run_ids_follow_from_the_manifest_s_name(bench, source, name):
+def test_submit_takes_name_and_run_id_from_manifest_name(bench, source, name):
     text = json.dumps({"id": "a", "reference": "s3://b/r.png", "video": "s3://b/v.mp4"})
     manifest = parse_manifest(text, base="/", source=source.replace(".yaml", ".jsonl"))
     found = bench.submit(manifest=manifest, run_id=None)
@@ -142,7 +142,7 @@ def test_names_and_run_ids_follow_from_the_manifest_s_name(bench, source, name):
     assert bench.submit(manifest=manifest, name="other", run_id=None).run_id.startswith("other-2")
 
 
-def test_buckets_that_the_platform_mounts_are_named_as_the_tasks_see_them(bench):
+def test_submit_names_mounted_buckets_as_tasks_see_them(bench):
     bench.platform = PaperPlatform(mounts="/mnt")
     job = {"id": "a", "reference": "gs://show/r.png", "video": "gs://show/v.mp4"}
     found = bench.submit(manifest=bench.manifest(job), models="gs://show/models/", render_only=bench.folder / "job")
@@ -156,7 +156,7 @@ def test_buckets_that_the_platform_mounts_are_named_as_the_tasks_see_them(bench)
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-def test_every_place_that_the_tasks_cannot_use_is_named_with_its_jobs(bench, monkeypatch):
+def test_submit_names_every_unusable_place_with_jobs(bench, monkeypatch):
     monkeypatch.chdir(bench.folder)
     here = {"reference": "r.png", "video": "s3://bucket/v.mp4"}
     jobs = [{"id": f"j{n}"} | here for n in range(5)]
@@ -184,17 +184,17 @@ def test_every_place_that_the_tasks_cannot_use_is_named_with_its_jobs(bench, mon
 
 
 @pytest.mark.parametrize(("image", "words"), [("video-lab", "has no tag"), ("Video Lab:1", "not an image reference")])
-def test_an_image_without_a_tag_is_refused_before_inputs_are_read(bench, image, words):
+def test_submit_with_untagged_image_is_refused_before_inputs_are_read(bench, image, words):
     assert words in bench.refused(image=image, gpu="H100")
 
 
-def test_what_the_platform_refuses_by_itself_is_found_before_anything_is_asked(bench):
+def test_submit_reports_platform_check_error_first(bench):
     bench.platform.fails["check"] = ConfigInvalid("too many")
     assert bench.refused() == "too many"
 
 
 @pytest.mark.parametrize("error", [ClusterDenied("no"), ClusterUnavailable("away"), ConfigInvalid("no such queue")])
-def test_where_the_platform_would_not_take_the_job_nothing_is_written(bench, error):
+def test_submit_refused_by_platform_writes_nothing(bench, error):
     bench.platform.fails["ask"] = error
     video = bench.folder / "v.mp4"
     video.write_bytes(b"video")
@@ -205,7 +205,7 @@ def test_where_the_platform_would_not_take_the_job_nothing_is_written(bench, err
     assert bench.platform.calls[-1] == "ask"
 
 
-def test_a_run_id_that_has_another_manifest_is_refused_and_the_same_one_is_not(bench):
+def test_submit_with_run_id_of_other_manifest_is_refused(bench):
     bench.submit()
     bench.submit()
     before = bench.stored()
@@ -216,7 +216,7 @@ def test_a_run_id_that_has_another_manifest_is_refused_and_the_same_one_is_not(b
     assert bench.platform.calls.count("submit") == 2
 
 
-def test_where_the_manifest_cannot_be_kept_nothing_is_submitted(bench):
+def test_submit_that_cannot_keep_manifest_submits_nothing(bench):
     with pytest.raises(Exception, match="bucket"):
         bench.submit(out="s3://no-such-bucket-here/out")
     assert "submit" not in bench.platform.calls
@@ -225,7 +225,7 @@ def test_where_the_manifest_cannot_be_kept_nothing_is_submitted(bench):
 # -- copying inputs ----------------------------------------------------------------------------------------------------
 
 
-def test_local_inputs_are_copied_once_and_the_tasks_read_the_copies(bench):
+def test_submit_with_upload_inputs_copies_local_inputs_once(bench):
     for name in ("r.png", "v.mp4", "official/src_ref.png", "official/src_pose.mp4", "official/src_face.mp4"):
         path = bench.folder / name
         path.parent.mkdir(exist_ok=True)
@@ -256,7 +256,7 @@ def test_local_inputs_are_copied_once_and_the_tasks_read_the_copies(bench):
     assert bench.stored() == stored
 
 
-def test_a_local_input_that_is_not_there_is_named_before_anything_is_sent(bench):
+def test_submit_names_missing_local_input_before_upload(bench):
     (bench.folder / "r.png").write_bytes(b"r")
     jobs = [
         {"id": "a", "reference": "r.png", "video": "none.mp4"},
@@ -271,7 +271,7 @@ def test_a_local_input_that_is_not_there_is_named_before_anything_is_sent(bench)
 # -- how many tasks ----------------------------------------------------------------------------------------------------
 
 
-def test_auto_takes_as_many_tasks_as_the_forecast_needs(bench, demo_media):
+def test_submit_with_shards_auto_takes_tasks_by_forecast(bench, demo_media):
     for name, path in (("in/r.png", "references/anna.png"), ("in/v.mp4", "dances/wave.mp4")):
         bench.client.upload_file(str(demo_media / path), bench.bucket, name)
     inputs = {"reference": f"s3://{bench.bucket}/in/r.png", "video": f"s3://{bench.bucket}/in/v.mp4"}
@@ -287,7 +287,7 @@ def test_auto_takes_as_many_tasks_as_the_forecast_needs(bench, demo_media):
         bench.submit(manifest=manifest, gpu="H100", within=f"{60 + seconds[0] / 2:.3f}s", startup="60s")
 
 
-def test_jobs_that_cannot_be_forecast_are_told_all_of_them(bench):
+def test_submit_with_shards_auto_names_all_jobs_without_forecast(bench):
     said = bench.refused(InputUnreadable, gpu="H100")
     assert "the inputs of 3 jobs cannot be read here" in said and "--shards N" in said
     assert [line.split(":")[0] for line in said.splitlines()[1:]] == ["  a", "  b", "  c"]
@@ -296,7 +296,7 @@ def test_jobs_that_cannot_be_forecast_are_told_all_of_them(bench):
 # -- writing it down ---------------------------------------------------------------------------------------------------
 
 
-def test_render_only_writes_the_job_and_sends_nothing(bench):
+def test_submit_with_render_only_writes_job_and_sends_nothing(bench):
     folder = bench.folder / "deep/job"
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
@@ -313,7 +313,7 @@ def test_render_only_writes_the_job_and_sends_nothing(bench):
     assert (folder / "manifest.jsonl").read_bytes() == bench.stored()[KEY]
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(bench):
+def test_submit_with_render_only_at_file_is_refused(bench):
     path = bench.folder / "job"
     path.write_text("a file")
     for folder in (path, path / "below"):

@@ -36,7 +36,7 @@ GIVEN = {"manifest": "m.yaml", "out": "s3://b/out", "models": "s3://b/models", "
         ({"env": ["A=1", "B=2", "A=3"]}, r"^--env: A is given twice"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(given, words):
+def test_submit_settings_with_invalid_values_are_refused(given, words):
     with pytest.raises(ConfigInvalid, match=words) as caught:
         SubmitSettings(**GIVEN | given)
     assert caught.value.todo
@@ -56,7 +56,7 @@ def test_what_cannot_be_meant_is_refused(given, words):
         "URL=https://host/x?X-Amz-Signature=0123456789",
     ],
 )
-def test_a_credential_is_refused_and_not_repeated(text):
+def test_submit_env_with_credential_is_refused_and_not_repeated(text):
     with pytest.raises(ConfigInvalid, match="holds a credential") as caught:
         SubmitSettings(**GIVEN, env=[text])
     value = text.partition("=")[2]
@@ -64,13 +64,13 @@ def test_a_credential_is_refused_and_not_repeated(text):
     assert "service account" in caught.value.message
 
 
-def test_a_variable_of_the_environment_that_is_secret_is_found_in_a_value(monkeypatch):
+def test_submit_env_with_secret_of_environment_is_refused(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijkl")
     with pytest.raises(ConfigInvalid, match="A holds a credential"):
         SubmitSettings(**GIVEN, env=["A=x-hf_abcdefghijkl"])
 
 
-def test_other_variables_are_taken_as_they_are():
+def test_submit_env_with_plain_variables_is_kept():
     texts = (
         "OMP_NUM_THREADS=8",
         "AWS_DEFAULT_REGION=eu-west-1",
@@ -81,7 +81,7 @@ def test_other_variables_are_taken_as_they_are():
     assert SubmitSettings(**GIVEN, env=list(texts)).env == texts
 
 
-def test_defaults_are_those_of_a_submission():
+def test_submit_settings_have_defaults_of_submission():
     made = SubmitSettings(**GIVEN)
     same = ("share", "gpus_per_task", "cpus", "memory_gib", "disk_gib", "spot", "attempts", "drain_s", "gpu_hour")
     defaults = {item.name: item.default for item in dataclasses.fields(Submission)}
@@ -89,7 +89,7 @@ def test_defaults_are_those_of_a_submission():
     assert defaults["time_limit_s"] == 24 * 3600 and made.time_limit == "24h"
 
 
-def test_the_number_of_shards_is_auto_or_a_number():
+def test_submit_shards_is_auto_or_number():
     assert SubmitSettings(**GIVEN | {"shards": "auto"}, gpu="H100", within="2h").shards == "auto"
     assert SubmitSettings(**GIVEN | {"shards": " 7 "}).shards == 7
     line = ["submit", "kubernetes", "m.yaml", "--out", "s3://b/o", "--models", "s3://b/m", "--image", "i:1"]

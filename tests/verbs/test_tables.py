@@ -26,8 +26,8 @@ ROWS += "print_status(RunStatus('out', None, None, tuple(rows), {}), as_json=Tru
 
 
 @pytest.mark.parametrize("script", [TABLE, ROWS], ids=["run", "status --json"])
-def test_who_stops_reading_changes_no_exit_code(script):
-    """`video-lab run … | head`: a scheduler asks for the code of the run, not of its table."""
+def test_closed_stdout_does_not_change_exit_code(script):
+    """With `video-lab run … | head`, a scheduler needs the exit code of the run, not of its table."""
     process = subprocess.Popen(
         [sys.executable, "-c", f"import sys; {script}; print('more'); sys.exit(3)"],
         cwd=Path(__file__).parents[2],
@@ -42,7 +42,7 @@ def test_who_stops_reading_changes_no_exit_code(script):
     process.stderr.close()
 
 
-def test_json_stays_json_whatever_is_masked_or_escaped(capsys):
+def test_print_json_with_secrets_and_control_characters_is_valid_json(capsys):
     value = {"a": 'Authorization: Bearer hush" more', "b": "\x1b\x85\x7f\u202e贝\n", "https://u:hush@h": [1]}
     print_json(value)
     text = capsys.readouterr().out
@@ -87,7 +87,7 @@ def rows(lines: list[str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("width", [0, 200, 120, 80, 40])
-def test_a_row_is_one_line_and_long_texts_stand_below_the_table(width):
+def test_run_table_row_is_one_line_with_long_texts_below_table(width):
     lines = printed(outcome(), width)
     table = rows(lines)
     assert list(table) == ["job", "anna", "bela", "cleo", "dora"]
@@ -100,20 +100,20 @@ def test_a_row_is_one_line_and_long_texts_stand_below_the_table(width):
     assert lines[-2:] == [f"outputs: {OUTPUTS}", "summary: out/night/runs/r1/"]
 
 
-def test_a_narrow_table_names_outputs_below_the_folder_that_is_printed():
+def test_run_table_in_narrow_terminal_shortens_output_paths():
     assert f"{OUTPUTS}anna/output.mp4" in rows(printed(outcome(), 120))["anna"]
     assert rows(printed(outcome(), 66))["anna"].split()[-1] == "anna/output.mp4"
     assert rows(printed(outcome(), 40))["anna"].split()[-1] == "output.mp4"
 
 
-def test_off_a_terminal_nothing_is_cut_or_wrapped_or_padded():
+def test_run_table_outside_terminal_is_not_cut_wrapped_or_padded():
     long = LINES[1].model_copy(update={"reason": "x" * 3000, "output": "y" * 3000})
     lines = printed(outcome(LINES[0], long), 0)
     assert "x" * 3000 in lines[2] and lines[2].endswith("y" * 3000)
     assert all(line == line.rstrip() for line in lines)
 
 
-def test_a_long_id_is_folded_only_where_nothing_else_helps():
+def test_run_table_folds_long_id_only_in_narrow_terminal():
     name = "a-very-long-name-of-a-job-that-nobody-would-type-but-a-matrix-makes"
     long = LINES[0].model_copy(update={"id": name, "output": f"{OUTPUTS}{name}/output.mp4"})
     assert name in rows(printed(outcome(long), 120))
@@ -122,14 +122,14 @@ def test_a_long_id_is_folded_only_where_nothing_else_helps():
     assert max(len(line) for line in narrow[:5]) <= 60
 
 
-def test_a_warning_that_many_jobs_share_is_one_line():
+def test_shared_warning_of_many_jobs_is_one_line():
     lines = [JobLine(id=i, status="succeeded", reason="", warnings=["eager", f"own {i}"]) for i in ("anna", "bela")]
     found = printed(outcome(*lines), 0)
     assert [line for line in found if "! " in line] == ["2 jobs: ! eager", "anna: ! own anna", "bela: ! own bela"]
     assert any("2 with warnings" in line for line in found)
 
 
-def test_warnings_are_counted_in_the_row_and_shown_below():
+def test_run_table_counts_warnings_in_row_and_shows_them_below():
     noted = LINES[0].model_copy(update={"warnings": ["the first [bold]", "the second"]})
     lines = printed(outcome(noted, *LINES[1:]), 80)
     assert "succeeded !2" in rows(lines)["anna"] and "!" not in rows(lines)["bela"]
@@ -139,7 +139,7 @@ def test_warnings_are_counted_in_the_row_and_shown_below():
 
 
 @pytest.mark.parametrize("width", [0, 80, 40])
-def test_a_dry_run_says_what_would_run_and_why(width):
+def test_run_table_of_dry_run_shows_what_would_run_and_why(width):
     actions: dict[str, Action] = {"anna": "run", "bela": "leased", "cleo": "skip", "dora": "fail"}
     lines = printed(outcome(actions=actions), width)
     table = rows(lines)

@@ -76,7 +76,7 @@ def codes(jobs: list[Job], **how: bool) -> list[tuple[str, str]]:
     return [(name, error.code) for name, error in check_inputs(jobs, **how)]
 
 
-def test_good_inputs_have_no_problems(media):
+def test_check_inputs_of_good_inputs_finds_no_problems(media):
     jobs = [
         job(media, "plain"),
         job(media, "still-mask", mask="white.png", mode="replace"),
@@ -107,20 +107,20 @@ def test_good_inputs_have_no_problems(media):
         ({"video": "gs://b/v.mp4"}, "input.not_found"),
     ],
 )
-def test_each_defect_has_its_code_and_a_remedy(media, names, expected):
+def test_check_inputs_of_defect_gives_code_and_remedy(media, names, expected):
     ((name, error),) = check_inputs([job(media, "bad", **names), job(media, "good")])
     assert (name, error.code) == ("bad", expected)
     assert error.todo or "is a folder, not a file" in error.what
     assert error.where
 
 
-def test_only_deep_decodes_pixels(media):
+def test_check_inputs_decodes_pixels_only_with_deep(media):
     jobs = [job(media, "torn", reference="torn.png")]
     assert codes(jobs) == []
     assert codes(jobs, deep=True) == [("torn", "input.unreadable")]
 
 
-def test_only_deep_looks_through_masks(media):
+def test_check_inputs_examines_masks_only_with_deep(media):
     jobs = [job(media, "black", mask="black.png", mode="replace"), job(media, "ok", mask="white.png", mode="replace")]
     assert codes(jobs) == []
     ((name, error),) = check_inputs(jobs, deep=True)
@@ -141,20 +141,20 @@ def test_only_deep_looks_through_masks(media):
         ({name: {"size": (72, 40)} for name in ("pose", "bg", "mask")}, "replace", "input.unreadable", "multiples"),
     ],
 )
-def test_official_files_are_there_and_fit_together(tmp_path, files, mode, code, words):
+def test_check_inputs_of_official_files_finds_missing_or_unequal_ones(tmp_path, files, mode, code, words):
     folder = official(tmp_path / "made", **files)
     found = check_inputs([official_job(folder, mode=mode)])
     assert [error.code for _, error in found] == ([code] if code else [])
     assert all(words in error.message for _, error in found)
 
 
-def test_the_span_of_official_files_is_each_jobs_own(media):
+def test_check_inputs_of_official_files_uses_span_of_each_job(media):
     """Ten of twenty frames begin at second 1; none at second 2. The files' rate counts, not fps."""
     jobs = [official_job(media / "official", f"{start:g}", start_s=start, fps=30) for start in (0.0, 1.0, 2.0)]
     assert codes(jobs) == [("2", "input.too_short")]
 
 
-def test_a_damaged_official_file_is_named(media, tmp_path):
+def test_check_inputs_names_damaged_official_file(media, tmp_path):
     folder = official(tmp_path / "made")
     (folder / "src_bg.mp4").write_bytes((media / "cut.mp4").read_bytes())
     ((_, error),) = check_inputs([official_job(folder, mode="replace")])
@@ -162,7 +162,7 @@ def test_a_damaged_official_file_is_named(media, tmp_path):
     assert codes([official_job(folder)]) == []
 
 
-def test_problems_come_in_the_order_of_the_jobs_and_each_file_is_opened_once(media, monkeypatch):
+def test_check_inputs_keeps_job_order_and_opens_each_file_once(media, monkeypatch):
     seen: Counter[str] = Counter()
     real = validate.stat_input
     monkeypatch.setattr(validate, "stat_input", lambda uri: seen.update([uri]) or real(uri))
@@ -173,7 +173,7 @@ def test_problems_come_in_the_order_of_the_jobs_and_each_file_is_opened_once(med
     assert len(seen) == 3
 
 
-def test_the_closing_line_counts_jobs_not_problems(media, demo_models, tmp_path, capsys):
+def test_validate_closing_line_counts_jobs_and_not_problems(media, demo_models, tmp_path, capsys):
     """Seven jobs that share one missing video are seven; one with two bad inputs and a missing LoRA is one more."""
     files = {"reference": str(media / "a.png"), "video": str(media / "v.mp4")}
     lacking = {"options": {"loras": [{"name": "gone"}]}}
@@ -189,7 +189,7 @@ def test_the_closing_line_counts_jobs_not_problems(media, demo_models, tmp_path,
         assert capsys.readouterr().out.splitlines()[-1] == f"{path}: 10 jobs, {count} cannot be rendered"
 
 
-def test_an_unknown_recipe_is_refused_also_without_inputs(media, tmp_path):
+def test_validate_refuses_unknown_recipe_also_with_no_inputs(media, tmp_path):
     path = tmp_path / "m.yaml"
     path.write_text(
         f"version: 1\nrecipe: nonsense\njobs: [{{id: a, reference: {media}/a.png, video: {media}/v.mp4}}]\n"
@@ -200,7 +200,7 @@ def test_an_unknown_recipe_is_refused_also_without_inputs(media, tmp_path):
         assert caught.value.exit_code == 2
 
 
-def test_inputs_on_s3(media, tmp_path, moto_s3, aws_env):
+def test_check_inputs_on_s3_finds_problems(media, tmp_path, moto_s3, aws_env):
     bucket, client = aws_env(moto_s3).make_bucket(), moto_s3.client
     store = f"s3://{bucket}"
     for name in ("a.png", "v.mp4", "text.mp4", "empty.png"):
