@@ -41,7 +41,7 @@ from tests.s3_servers import S3Server, moto_app, serving
         {"image": "video-lab@sha256:" + "ab" * 32},
     ],
 )
-def test_what_is_taken(good):
+def test_check_of_submission_within_limits_passes(good):
     made = submission(**good)
     FULL.check(made)
     for name in ("run.json", "report.json"):
@@ -72,7 +72,7 @@ def test_what_is_taken(good):
         ({"run_flags": ("--recipe", "Ref::x")}, "AWS Batch", "Ref::x"),
     ],
 )
-def test_what_is_refused(bad, where, words):
+def test_check_of_submission_outside_limits_names_option(bad, where, words):
     with pytest.raises(ConfigInvalid, match=words) as raised:
         AwsBatch(queue="gpus").check(submission(**bad))
     assert raised.value.where == where
@@ -90,20 +90,20 @@ def test_what_is_refused(bad, where, words):
         ({"cache_folder": "cache"}, "--cache-folder"),
     ],
 )
-def test_settings_that_are_refused(settings, where):
+def test_check_of_invalid_setting_names_option(settings, where):
     with pytest.raises(ConfigInvalid) as raised:
         AwsBatch(**{"queue": "gpus"} | settings).check(submission())
     assert raised.value.where == where
 
 
-def test_tasks_reach_s3_alone():
+def test_problem_of_place_outside_s3_gives_reason():
     platform = AwsBatch(queue="q")
     assert platform.problem_of_place("s3://bucket/x") is None
     assert "this machine" in str(platform.problem_of_place("/data/x"))
     assert "a store that the tasks cannot read" in str(platform.problem_of_place("gs://bucket/x"))
 
 
-def test_watch_says_what_to_paste():
+def test_watch_gives_status_log_and_terminate_commands():
     lines = FULL.watch(submission(), (SubmittedJob("run", "j1"), SubmittedJob("report", "j2")))
     assert lines[0] == "video-lab status s3://bucket/out --run r-12 --watch"
     assert all(line.endswith("--region eu-west-1") for line in lines[1:])
@@ -239,7 +239,7 @@ def submit(platform: AwsBatch, made: Submission) -> dict[str, str]:
     return {job.role: job.id for job in platform.submit(made, platform.render(made))}
 
 
-def test_the_array_and_the_report_are_submitted(server):
+def test_submit_creates_array_job_and_report_job(server):
     made, platform = fresh(), AwsBatch(queue="gpus", job_role=ROLE)
     platform.ask(made)
     ids = submit(platform, made)
@@ -254,7 +254,7 @@ def test_the_array_and_the_report_are_submitted(server):
     assert {job["jobDefinition"].partition("us-east-1")[0] for job in (run, report)} == {"arn:aws:batch:"}
 
 
-def test_a_second_submission_registers_nothing(server):
+def test_second_submission_registers_no_definition(server):
     first, platform = fresh(), AwsBatch(queue="gpus")
     ids = submit(platform, first)
     assert len(server.asked("registerjobdefinition")) == 2
@@ -266,7 +266,7 @@ def test_a_second_submission_registers_nothing(server):
     assert len(server.asked("registerjobdefinition")) == 3
 
 
-def test_a_definition_that_somebody_changed_is_not_used(server):
+def test_job_definition_changed_by_hand_is_not_used(server):
     """Under the same name another image was registered by hand; then the good revision is taken away."""
     made, platform = fresh(), AwsBatch(queue="gpus")
     arguments = json.loads(platform.render(made)["job-definition.json"])
@@ -281,7 +281,7 @@ def test_a_definition_that_somebody_changed_is_not_used(server):
     assert server.asked("submitjob")[2]["jobDefinition"].endswith(f"{name}:3")
 
 
-def test_an_unknown_queue_names_those_there_are(server):
+def test_unknown_queue_error_lists_existing_queues(server):
     with pytest.raises(ConfigInvalid, match="no queue nowhere in us-east-1; there are cpus, gpus, off, spot") as raised:
         AwsBatch(queue="nowhere").ask(submission())
     assert raised.value.where == "--queue"
@@ -290,13 +290,13 @@ def test_an_unknown_queue_names_those_there_are(server):
     assert raised.value.where == "--report-queue"
 
 
-def test_a_queue_may_be_an_arn(server):
+def test_queue_given_as_arn_is_accepted(server):
     arn = server.batch.describe_job_queues(jobQueues=["gpus"])["jobQueues"][0]["jobQueueArn"]
     AwsBatch(queue=arn, report_queue="cpus").ask(submission())
     AwsBatch(queue=arn).check(submission())
 
 
-def test_a_disabled_queue_is_refused(server):
+def test_disabled_queue_is_refused(server):
     with pytest.raises(ConfigInvalid, match="accepts no jobs: it is DISABLED"):
         AwsBatch(queue="off").ask(submission())
 
@@ -311,13 +311,13 @@ def test_a_disabled_queue_is_refused(server):
         ({}, {"share_identifier": "team"}, "no scheduling policy"),
     ],
 )
-def test_queues_that_would_not_run_the_jobs(server, change, settings, words):
+def test_queue_that_cannot_run_jobs_is_refused(server, change, settings, words):
     server.changes.append(change)
     with pytest.raises(ConfigInvalid, match=words):
         AwsBatch(queue="gpus", **settings).ask(submission())
 
 
-def test_spot_needs_a_queue_of_spot_machines(server):
+def test_spot_with_queue_without_spot_machines_is_refused(server):
     with pytest.raises(ConfigInvalid, match="no compute environment of Spot") as raised:
         AwsBatch(queue="gpus").ask(submission(spot=True))
     assert raised.value.where == "--spot"
@@ -326,7 +326,7 @@ def test_spot_needs_a_queue_of_spot_machines(server):
     AwsBatch(queue="gpus").ask(submission(spot=True))  # a user who may not look is believed
 
 
-def test_asking_changes_nothing(server):
+def test_ask_only_describes_queues(server):
     AwsBatch(queue="gpus").ask(submission())
     assert {name for name, _ in server.requests} == {"describejobqueues"}
 
@@ -334,14 +334,14 @@ def test_asking_changes_nothing(server):
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_user_without_permission_is_told_which(server):
+def test_denied_request_error_names_missing_permission(server):
     server.refusals.append(("describejobqueues", 403, "AccessDeniedException", "no"))
     with pytest.raises(ClusterDenied, match="allow batch:DescribeJobQueues") as raised:
         AwsBatch(queue="gpus").ask(submission())
     assert raised.value.exit_code == 2
 
 
-def test_what_fails_before_the_first_job_leaves_none(server):
+def test_failed_registration_submits_no_job(server):
     message = "User: x is not authorized to perform: iam:PassRole on resource: y"
     server.refusals.append(("registerjobdefinition", 403, "AccessDeniedException", message))
     with pytest.raises(ClusterDenied, match="allow iam:PassRole"):
@@ -349,20 +349,20 @@ def test_what_fails_before_the_first_job_leaves_none(server):
     assert server.asked("submitjob") == []
 
 
-def test_a_busy_service_is_asked_again(server, monkeypatch):
+def test_throttled_request_is_repeated(server, monkeypatch):
     server.refusals.append(("describejobqueues", 429, "TooManyRequestsException", "slow"))
     AwsBatch(queue="gpus").ask(submission())
     assert len(server.asked("describejobqueues")) == 2
 
 
-def test_without_credentials_it_is_denied(server, monkeypatch):
+def test_ask_without_credentials_raises_cluster_denied(server, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     with pytest.raises(ClusterDenied, match=r"no usable credentials.*AWS_PROFILE"):
         AwsBatch(queue="gpus").ask(submission())
 
 
-def test_a_closed_port_is_unreachable(server, monkeypatch):
+def test_ask_at_closed_port_raises_cluster_unavailable(server, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
@@ -372,7 +372,7 @@ def test_a_closed_port_is_unreachable(server, monkeypatch):
     assert raised.value.exit_code == 3
 
 
-def test_without_a_region_nothing_is_asked(server, monkeypatch):
+def test_ask_without_region_is_refused(server, monkeypatch):
     monkeypatch.delenv("AWS_DEFAULT_REGION")
     with pytest.raises(ConfigInvalid, match="region"):
         AwsBatch(queue="gpus").ask(submission())
@@ -383,7 +383,7 @@ def test_without_a_region_nothing_is_asked(server, monkeypatch):
     ("status", "code", "error"),
     [(403, "AccessDeniedException", ClusterDenied), (500, "ServerException", ClusterUnavailable)],
 )
-def test_without_the_report_nothing_stays_submitted(server, status, code, error):
+def test_failed_report_submission_terminates_array(server, status, code, error):
     made, platform = fresh(), AwsBatch(queue="gpus", report_queue="cpus")
     refuse_second_submission(server, status, code)
     with pytest.raises(error) as raised:
@@ -407,7 +407,7 @@ def refuse_second_submission(server: BatchServer, status: int, code: str) -> Non
     server.refusals = AfterTheFirst([("submitjob", status, code, "no")])
 
 
-def test_an_array_that_cannot_be_taken_back_is_named(server):
+def test_array_that_cannot_be_terminated_is_named_with_command(server):
     made = fresh()
     refuse_second_submission(server, 403, "AccessDeniedException")
     server.refusals.append(("terminatejob", 403, "AccessDeniedException", "no"))
@@ -416,7 +416,7 @@ def test_an_array_that_cannot_be_taken_back_is_named(server):
     assert server.job(made.name)["jobId"] in str(raised.value)
 
 
-def test_an_interrupted_submission_is_taken_back(server, monkeypatch):
+def test_interrupted_submission_terminates_array(server, monkeypatch):
     """Ctrl-C between the two jobs."""
     first = aws_batch._submit_job
 
@@ -431,7 +431,7 @@ def test_an_interrupted_submission_is_taken_back(server, monkeypatch):
     assert len(server.asked("terminatejob")) == 1
 
 
-def test_a_submission_without_an_answer_is_not_repeated(server):
+def test_submit_job_without_answer_is_not_repeated(server):
     """A job submitted twice would cost twice; SubmitJob has no token to repeat it by."""
     server.refusals.append(("submitjob", 503, "ServiceUnavailable", "no"))
     with pytest.raises(ClusterUnavailable, match="may have been accepted"):

@@ -51,7 +51,7 @@ FULL = AwsBatch(
 
 @pytest.mark.parametrize("platform", [AwsBatch(queue="gpus"), FULL], ids=["least", "full"])
 @pytest.mark.parametrize("shards", [1, 2, 10_000])
-def test_the_files_fit_the_service_s_model(platform, shards):
+def test_rendered_files_fit_batch_service_model(platform, shards):
     made = submission(shards=shards, environment={"B": "2", "A": "1"}, gpu_hour=2.5)
     platform.check(made)
     files = platform.render(made)
@@ -100,7 +100,7 @@ def check_rules(strategy: dict[str, Any]) -> None:
         ("Task failed to start", "DockerTimeoutError: could not create", None, "RETRY"),
     ],
 )
-def test_what_is_retried(status_reason, reason, code, action):
+def test_retry_rules_choose_action_by_exit_code_and_reason(status_reason, reason, code, action):
     """The rules, read as the user guide says: the first rule all of whose conditions hold."""
     rules = json.loads(AwsBatch(queue="q").render(submission())["job-definition.json"])["retryStrategy"][
         "evaluateOnExit"
@@ -123,7 +123,7 @@ def test_what_is_retried(status_reason, reason, code, action):
     assert [*held, "RETRY"][0] == action
 
 
-def test_a_definition_knows_no_run():
+def test_job_definition_depends_on_image_and_not_on_run():
     """Another run of the same image and sizes has the same definitions; another image has others."""
     platform = AwsBatch(queue="q")
     first, second, third = (
@@ -141,7 +141,7 @@ def test_a_definition_knows_no_run():
     assert first["run.json"] != second["run.json"]
 
 
-def test_what_the_tasks_get():
+def test_rendered_jobs_have_resources_mounts_and_arguments():
     made = submission(gpus_per_task=2, cpus=16, memory_gib=120, environment={"VIDEO_LAB_S3_EXTRA": "{}"})
     files = FULL.render(made)
     container = json.loads(files["job-definition.json"])["containerProperties"]
@@ -164,7 +164,7 @@ def test_what_the_tasks_get():
     assert {entry["type"] for entry in needs} == {"VCPU", "MEMORY"}
 
 
-def test_the_report_s_time_limit_is_longer_than_its_wait():
+def test_report_time_limit_is_longer_than_its_wait():
     files = AwsBatch(queue="q").render(submission(time_limit_s=3600))
     words = json.loads(files["report.json"])["containerOverrides"]["command"]
     wait = int(words[words.index("--timeout") + 1].removesuffix("s"))
@@ -172,7 +172,7 @@ def test_the_report_s_time_limit_is_longer_than_its_wait():
     assert json.loads(files["report-definition.json"])["timeout"]["attemptDurationSeconds"] > wait
 
 
-def test_one_task_is_no_array_and_takes_every_job():
+def test_run_with_one_task_is_no_array_and_takes_all_jobs():
     request = json.loads(AwsBatch(queue="q").render(submission(shards=1))["run.json"])
     assert "arrayProperties" not in request
     env = {"AWS_BATCH_JOB_ID": "5a4e-11", "AWS_BATCH_JOB_ATTEMPT": "1"}  # what a job that is no array has
@@ -195,7 +195,7 @@ def test_one_task_is_no_array_and_takes_every_job():
         (lambda d: {key: value for key, value in d.items() if key != "retryStrategy"}, False),
     ],
 )
-def test_what_counts_as_the_same_definition(change, same):
+def test_same_definition_ignores_server_fields_and_detects_changes(change, same):
     wanted = json.loads(AwsBatch(queue="q").render(submission())["job-definition.json"])
     assert same_definition(wanted, change(wanted)) is same
 
@@ -249,7 +249,7 @@ def script(tmp_path) -> Callable[..., tuple[subprocess.CompletedProcess[str], li
     return run
 
 
-def test_the_script_passes_shellcheck(tmp_path):
+def test_submit_sh_passes_shellcheck(tmp_path):
     shellcheck = Path(sys.executable).with_name("shellcheck")
     if not shellcheck.exists():
         pytest.skip("shellcheck is not installed")
@@ -264,7 +264,7 @@ def verbs(calls: list[list[str]]) -> list[str]:
     return [words[1] for words in calls]
 
 
-def test_the_script_copies_registers_and_submits_in_this_order(script):
+def test_submit_sh_copies_then_registers_then_submits(script):
     done, calls = script()
     assert done.returncode == 0, done.stderr
     assert verbs(calls) == ["cp"] + ["describe-job-definitions", "register-job-definition"] * 2 + ["submit-job"] * 2
@@ -277,7 +277,7 @@ def test_the_script_copies_registers_and_submits_in_this_order(script):
     assert done.stdout.splitlines()[-2:] == ["run: id-night-12", "report: id-night-12-report"]
 
 
-def test_the_script_registers_nothing_twice(script):
+def test_submit_sh_with_registered_definitions_registers_none(script):
     done, calls = script(REGISTERED="1")
     assert done.returncode == 0, done.stderr
     assert "register-job-definition" not in verbs(calls)
@@ -293,7 +293,7 @@ def test_the_script_registers_nothing_twice(script):
         ("file://run.json", "submit-job"),
     ],
 )
-def test_the_script_stops_at_the_first_failure(script, fails, last):
+def test_submit_sh_stops_at_first_failure(script, fails, last):
     done, calls = script(FAILS=fails)
     assert done.returncode != 0
     assert verbs(calls)[-1] == last
@@ -302,7 +302,7 @@ def test_the_script_stops_at_the_first_failure(script, fails, last):
 
 
 @pytest.mark.parametrize("fails", ["file://report.json", "file://report.json|terminate-job"])
-def test_the_script_takes_the_run_back(script, fails):
+def test_submit_sh_with_refused_report_terminates_run(script, fails):
     done, calls = script(FAILS=fails)
     assert done.returncode != 0
     assert verbs(calls)[-3:] == ["submit-job", "submit-job", "terminate-job"]
@@ -311,7 +311,7 @@ def test_the_script_takes_the_run_back(script, fails):
     assert "report: " not in done.stdout
 
 
-def test_no_secret_of_this_machine_is_in_a_file(monkeypatch):
+def test_rendered_files_contain_no_secret_of_environment(monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.setenv(name, "not-for-files-1234567890")
     assert "not-for-files" not in "".join(FULL.render(submission()).values())

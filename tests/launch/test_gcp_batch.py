@@ -53,7 +53,7 @@ def names(tools) -> tuple[str, str]:
         ("gs://models.example.org/a b/ü.mp4", "/mnt/disks/gcs/models.example.org/a b/ü.mp4"),
     ],
 )
-def test_a_place_in_a_bucket_is_a_path_below_its_mount(uri, path):
+def test_place_in_bucket_is_path_below_mount(uri, path):
     assert PLATFORM.problem_of_place(uri) is None
     assert PLATFORM.place(uri) == path
 
@@ -73,7 +73,7 @@ def test_a_place_in_a_bucket_is_a_path_below_its_mount(uri, path):
         ("gs://bucket/a/./b", "not a path in a bucket"),
     ],
 )
-def test_other_places_are_refused_with_the_reason(uri, reason):
+def test_problem_of_place_outside_bucket_gives_reason(uri, reason):
     assert reason in str(PLATFORM.problem_of_place(uri))
 
 
@@ -98,14 +98,14 @@ def test_other_places_are_refused_with_the_reason(uri, reason):
         ({"memory_gib": 129}, "--machine-type"),
     ],
 )
-def test_what_gcp_batch_would_refuse_or_understand_otherwise_is_refused_before(changed, where):
+def test_check_of_submission_outside_limits_names_option(changed, where):
     with pytest.raises(ConfigInvalid) as caught:
         PLATFORM.check(replace(SUBMISSION, **changed))
     assert caught.value.where == where
     assert caught.value.todo
 
 
-def test_sharing_by_leases_is_refused_with_the_reason():
+def test_check_of_share_any_is_refused_with_reason():
     with pytest.raises(ConfigInvalid, match=r"leases.*two tasks could render the same job"):
         PLATFORM.check(replace(SUBMISSION, share="any"))
 
@@ -113,7 +113,7 @@ def test_sharing_by_leases_is_refused_with_the_reason():
 @pytest.mark.parametrize(
     "changed", [{"name": "n" * 47}, {"shards": 100_000}, {"attempts": 10}, {"cpus": 32, "memory_gib": 128}]
 )
-def test_the_ends_of_the_ranges_pass(tools, changed):
+def test_check_of_submission_at_limits_passes(tools, changed):
     submission = replace(SUBMISSION, **changed)
     PLATFORM.check(submission)
     for job in PLATFORM.submit(submission, PLATFORM.render(submission)):
@@ -138,7 +138,7 @@ def test_the_ends_of_the_ranges_pass(tools, changed):
         ({"service_account": "renderer"}, "--service-account"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings, where):
+def test_invalid_setting_is_refused_with_its_option(settings, where):
     with pytest.raises(ConfigInvalid) as caught:
         GcpBatch(**{"location": "us-central1", "machine_type": "g2-standard-16", **settings})
     assert caught.value.where == where
@@ -147,7 +147,7 @@ def test_settings_that_cannot_work_are_refused(settings, where):
 # -- the files ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_submission_gives_the_same_bytes_and_no_credential(monkeypatch):
+def test_render_is_reproducible_and_contains_no_credential(monkeypatch):
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/home/ann/the-key-of-ann.json")
     submission = replace(SUBMISSION, environment={"B": "1", "A": "2"})
     files = PLATFORM.render(submission)
@@ -158,14 +158,14 @@ def test_the_same_submission_gives_the_same_bytes_and_no_credential(monkeypatch)
         assert problems("batch.v1.json", "Job", json.loads(files[name])) == []
 
 
-def test_shellcheck_finds_nothing_in_the_script():
+def test_submit_sh_passes_shellcheck():
     assert complaints(PLATFORM.render(SUBMISSION)["submit.sh"]) == ""
 
 
 # -- asking and submitting ---------------------------------------------------------------------------------------------
 
 
-def test_gcloud_is_asked_for_the_platform_and_each_bucket(tools):
+def test_ask_queries_batch_and_each_bucket(tools):
     PLATFORM.ask(SUBMISSION)
     first, *others = [call.words for call in tools.calls()]
     assert first == ("gcloud", "batch", "jobs", "list", "--limit", "1", "--format", "value(name)", *FLAGS)
@@ -174,7 +174,7 @@ def test_gcloud_is_asked_for_the_platform_and_each_bucket(tools):
     ]
 
 
-def test_a_bucket_that_does_not_exist_is_told_and_one_that_may_not_be_seen_is_not(tools):
+def test_ask_refuses_missing_bucket_and_accepts_unreadable_bucket(tools):
     tools.plan(1, says="ERROR: (gcloud.storage.buckets.describe) [ann] does not have permission to access b", code=1)
     tools.plan(2, says="ERROR: (gcloud.storage.buckets.describe) gs://models.example.org not found: 404.", code=1)
     with pytest.raises(ConfigInvalid, match=r"models\.example\.org"):
@@ -182,26 +182,26 @@ def test_a_bucket_that_does_not_exist_is_told_and_one_that_may_not_be_seen_is_no
 
 
 @pytest.mark.parametrize(("says", "error"), [(DENIED, ClusterDenied), (UNAVAILABLE, ClusterUnavailable)])
-def test_what_the_platform_answers_is_told_by_its_cause(tools, says, error):
+def test_ask_with_gcloud_error_raises_error_of_its_cause(tools, says, error):
     tools.plan(0, says=says, code=1)
     with pytest.raises(error):
         PLATFORM.ask(SUBMISSION)
 
 
-def test_without_gcloud_it_says_so(tmp_path, monkeypatch):
+def test_ask_without_gcloud_says_not_installed(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigInvalid, match="gcloud is not installed"):
         PLATFORM.ask(SUBMISSION)
 
 
-def test_the_manifest_goes_to_the_bucket_as_it_is(tools):
+def test_keep_manifest_copies_bytes_to_bucket(tools):
     PLATFORM.keep_manifest("gs://renders/out/", "runs/x/manifest.jsonl", b'{"id": "\xc3\xbc"}\n')
     (call,) = tools.calls()
     assert call.words == ("gcloud", "storage", "cp", "-", "gs://renders/out/runs/x/manifest.jsonl", "--quiet")
     assert call.stdin == b'{"id": "\xc3\xbc"}\n'
 
 
-def test_a_manifest_that_was_kept_is_read_again_and_one_that_is_not_there_is_nothing(tools):
+def test_kept_manifest_returns_bytes_or_none_when_missing(tools):
     missing = "ERROR: (gcloud.storage.cat) The following URLs matched no objects or files:\ngs://renders/out/x"
     tools.plan(0, prints='{"id": "ü"}')
     tools.plan(1, says=missing, code=1)
@@ -213,7 +213,7 @@ def test_a_manifest_that_was_kept_is_read_again_and_one_that_is_not_there_is_not
         PLATFORM.kept_manifest("gs://renders/out", "x")
 
 
-def test_the_run_is_submitted_then_its_report_from_the_files(tools, tmp_path):
+def test_submit_sends_run_file_then_report_file(tools, tmp_path):
     """gcloud reads the files when it is called: the stand-in copies them."""
     copy = tmp_path / "copies"
     copy.mkdir()
@@ -235,14 +235,14 @@ def test_the_run_is_submitted_then_its_report_from_the_files(tools, tmp_path):
 
 
 @pytest.mark.parametrize(("says", "error"), [(DENIED, ClusterDenied), ("boom", ConfigInvalid)])
-def test_where_the_report_is_refused_the_run_is_taken_back(tools, names, says, error):
+def test_refused_report_deletes_run(tools, names, says, error):
     tools.plan(1, says=says, code=1)
     with pytest.raises(error):
         PLATFORM.submit(SUBMISSION, PLATFORM.render(SUBMISSION))
     assert [call.words[3:5] for call in tools.calls()[2:]] == [("delete", names[0])]
 
 
-def test_where_nobody_answers_for_the_report_both_are_taken_back(tools, names):
+def test_unanswered_report_deletes_report_and_run(tools, names):
     tools.plan(1, says=UNAVAILABLE, code=1)
     tools.plan(2, says=NOT_FOUND, code=1)  # it had not been accepted
     with pytest.raises(ClusterUnavailable) as caught:
@@ -251,21 +251,21 @@ def test_where_nobody_answers_for_the_report_both_are_taken_back(tools, names):
     assert "could not be removed" not in caught.value.message
 
 
-def test_a_refused_run_leaves_nothing_to_take_back(tools):
+def test_refused_run_deletes_nothing(tools):
     tools.plan(0, says=DENIED, code=1)
     with pytest.raises(ClusterDenied):
         PLATFORM.submit(SUBMISSION, PLATFORM.render(SUBMISSION))
     assert len(tools.calls()) == 1
 
 
-def test_a_run_that_may_have_been_accepted_is_taken_back(tools, names):
+def test_unanswered_run_is_deleted(tools, names):
     tools.plan(0, says=UNAVAILABLE, code=1)
     with pytest.raises(ClusterUnavailable):
         PLATFORM.submit(SUBMISSION, PLATFORM.render(SUBMISSION))
     assert [call.words[3:5] for call in tools.calls()] == [("submit", names[0]), ("delete", names[0])]
 
 
-def test_what_cannot_be_taken_back_is_named_with_the_command_that_removes_it(tools, names):
+def test_job_that_cannot_be_deleted_is_named_with_delete_command(tools, names):
     tools.plan(1, says=DENIED, code=1)
     tools.plan(2, says=UNAVAILABLE, code=1)
     with pytest.raises(ClusterDenied) as caught:
@@ -274,7 +274,7 @@ def test_what_cannot_be_taken_back_is_named_with_the_command_that_removes_it(too
     assert f"gcloud batch jobs delete {names[0]} --location us-central1" in str(caught.value.todo)
 
 
-def test_lines_to_paste(names):
+def test_watch_gives_describe_log_delete_and_status_commands(names):
     run, report = names
     lines = PLATFORM.watch(SUBMISSION, (SubmittedJob("run", run), SubmittedJob("report", report)))
     assert shlex.split(lines[0]) == ["gcloud", "batch", "jobs", "describe", run, *FLAGS]
@@ -290,7 +290,7 @@ def test_lines_to_paste(names):
 # -- submit.sh ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_script_copies_the_manifest_and_submits_both(tools, names, tmp_path):
+def test_submit_sh_copies_manifest_and_submits_both_jobs(tools, names, tmp_path):
     run, report = names
     done = tools.run_script(tmp_path / "job files", dict(PLATFORM.render(SUBMISSION)))
     assert done.returncode == 0, done.stderr
@@ -303,7 +303,7 @@ def test_the_script_copies_the_manifest_and_submits_both(tools, names, tmp_path)
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_the_script_takes_nothing_back_where_nothing_was_accepted(tools, tmp_path, failing):
+def test_submit_sh_with_nothing_accepted_deletes_nothing(tools, tmp_path, failing):
     tools.plan(failing, says=DENIED, code=1)
     done = tools.run_script(tmp_path / "files", dict(PLATFORM.render(SUBMISSION)))
     assert done.returncode == 1
@@ -311,7 +311,7 @@ def test_the_script_takes_nothing_back_where_nothing_was_accepted(tools, tmp_pat
     assert len(tools.calls()) == failing + 1
 
 
-def test_the_script_takes_the_run_back_where_the_report_is_refused(tools, names, tmp_path):
+def test_submit_sh_with_refused_report_deletes_run(tools, names, tmp_path):
     tools.plan(2, says=DENIED, code=1)
     done = tools.run_script(tmp_path / "files", dict(PLATFORM.render(SUBMISSION)))
     assert done.returncode == 1

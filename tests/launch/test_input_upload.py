@@ -25,7 +25,7 @@ def stored(bucket) -> dict[str, bytes]:
     return {item["Key"]: client.get_object(Bucket=name, Key=item["Key"])["Body"].read() for item in listed}
 
 
-def test_a_file_is_sent_once_whatever_it_is_called_next_time(bucket, tmp_path):
+def test_file_with_same_content_and_name_is_uploaded_once(bucket, tmp_path):
     root = f"s3://{bucket[1]}/inputs"
     for folder, content in (("a", b"anna"), ("b", b"anna"), ("c", b"another anna")):
         (tmp_path / folder).mkdir()
@@ -48,7 +48,7 @@ def test_a_file_is_sent_once_whatever_it_is_called_next_time(bucket, tmp_path):
     assert [line["event"] for line in log] == ["already_there"]
 
 
-def test_a_folder_of_official_files_stays_a_folder(bucket, tmp_path):
+def test_folder_of_official_files_is_uploaded_as_folder(bucket, tmp_path):
     root = f"s3://{bucket[1]}"
     folder = tmp_path / "anna-waltz"
     folder.mkdir()
@@ -64,7 +64,7 @@ def test_a_folder_of_official_files_stays_a_folder(bucket, tmp_path):
     assert again.uri != upload.uri, "the folder of other contents is another one"
 
 
-def test_a_file_that_changes_while_it_is_sent_is_not_left_under_the_old_hash(bucket, tmp_path):
+def test_file_changed_during_upload_is_not_left_under_old_hash(bucket, tmp_path):
     root = f"s3://{bucket[1]}"
     path = tmp_path / "v.mp4"
     path.write_bytes(b"first")
@@ -76,5 +76,5 @@ def test_a_file_that_changes_while_it_is_sent_is_not_left_under_the_old_hash(buc
     assert stored(bucket) == {}
 
 
-def test_nothing_to_send_asks_nothing():
+def test_send_uploads_of_empty_list_sends_no_request():
     assert send_uploads(list[InputUpload](), "s3://no-such-bucket-at-all") == 0

@@ -50,7 +50,7 @@ def names(submission: Submission = SUBMISSION) -> list[str]:
         ({"attempts": 11}, "--attempts"),
     ],
 )
-def test_what_kubernetes_would_refuse_is_refused_before(changed, flag):
+def test_check_of_submission_outside_limits_names_option(changed, flag):
     with pytest.raises(ConfigInvalid) as caught:
         Kubernetes().check(replace(SUBMISSION, **changed))
     assert caught.value.where == flag
@@ -58,7 +58,7 @@ def test_what_kubernetes_would_refuse_is_refused_before(changed, flag):
 
 
 @pytest.mark.parametrize("changed", [{"name": "n" * 47}, {"shards": 1}, {"shards": 100_000}, {"attempts": 10}])
-def test_the_ends_of_the_ranges_pass(changed):
+def test_check_of_submission_at_limits_passes(changed):
     submission = replace(SUBMISSION, **changed)
     Kubernetes().check(submission)
     longest = max(len(name) for name in names(submission))
@@ -83,13 +83,13 @@ def test_the_ends_of_the_ranges_pass(changed):
         ({"tolerations": ("",)}, "--toleration"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings, flag):
+def test_invalid_setting_is_refused_with_its_option(settings, flag):
     with pytest.raises(ConfigInvalid) as caught:
         Kubernetes(**settings)
     assert caught.value.where == flag
 
 
-def test_settings_as_they_are_written():
+def test_node_selectors_and_tolerations_are_rendered_in_pod():
     platform = Kubernetes(
         node_selector=("karpenter.sh/capacity-type=spot", "gpu=", "eks.amazonaws.com/capacityType=SPOT"),
         tolerations=("slow", "dedicated=gpu:NoSchedule", "night:NoExecute", "team=render"),
@@ -105,7 +105,7 @@ def test_settings_as_they_are_written():
     ]
 
 
-def test_local_places_are_refused_and_s3_is_not():
+def test_problem_of_place_refuses_local_path_and_accepts_s3():
     assert "this machine" in str(Kubernetes().problem_of_place("/data/out"))
     assert Kubernetes().problem_of_place("s3://bucket/out") is None
 
@@ -113,7 +113,7 @@ def test_local_places_are_refused_and_s3_is_not():
 # -- the files ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_submission_gives_the_same_bytes_and_no_credential(monkeypatch):
+def test_render_is_reproducible_and_contains_no_credential(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-of-the-one-who-submits")
     platform = Kubernetes(secret="s3-keys")
     submission = replace(SUBMISSION, environment={"B": "1", "A": "2"})
@@ -124,7 +124,7 @@ def test_the_same_submission_gives_the_same_bytes_and_no_credential(monkeypatch)
     assert "&id" not in files["job.yaml"]  # YAML's references: people read this file
 
 
-def test_the_yaml_reads_back_whatever_the_words_hold():
+def test_rendered_yaml_with_special_characters_reads_back_unchanged():
     submission = replace(SUBMISSION, environment={"ODD": "a: b # c\n---\n'x'", "NUMBER": "0123", "YES": "yes"})
     run, report = yaml.safe_load_all(Kubernetes().render(submission)["job.yaml"])
     for job in (run, report):
@@ -132,14 +132,14 @@ def test_the_yaml_reads_back_whatever_the_words_hold():
         assert found == dict(submission.environment)
 
 
-def test_shellcheck_finds_nothing_in_the_script():
+def test_submit_sh_passes_shellcheck():
     assert complaints(Kubernetes(context="it's").render(SUBMISSION)["submit.sh"]) == ""
 
 
 # -- asking and submitting ---------------------------------------------------------------------------------------------
 
 
-def test_the_cluster_itself_is_asked_and_nothing_is_changed(tools):
+def test_ask_sends_server_dry_run_of_jobs(tools):
     platform = Kubernetes(namespace="renders", context="night")
     platform.ask(SUBMISSION)
     (call,) = tools.calls()
@@ -148,7 +148,7 @@ def test_the_cluster_itself_is_asked_and_nothing_is_changed(tools):
     assert call.stdin.decode() == platform.render(SUBMISSION)["job.yaml"]
 
 
-def test_an_account_and_a_secret_that_are_named_must_exist(tools):
+def test_ask_with_missing_service_account_or_secret_is_refused(tools):
     platform = Kubernetes(service_account="renderer", secret="s3-keys")
     platform.ask(SUBMISSION)
     assert [call.words[3:6] for call in tools.calls()[:2]] == [
@@ -161,7 +161,7 @@ def test_an_account_and_a_secret_that_are_named_must_exist(tools):
     assert len(tools.calls()) == 5  # the Jobs were not asked about
 
 
-def test_who_may_not_see_secrets_may_still_submit(tools):
+def test_ask_without_permission_to_see_secret_passes(tools):
     says = 'Error from server (Forbidden): secrets "s3-keys" is forbidden: User "ann" cannot get resource "secrets"'
     tools.plan(0, says=says, code=1)
     Kubernetes(secret="s3-keys").ask(SUBMISSION)
@@ -176,7 +176,7 @@ def test_who_may_not_see_secrets_may_still_submit(tools):
         ('Error from server (NotFound): namespaces "default" not found', ConfigInvalid, 2),
     ],
 )
-def test_what_the_cluster_answers_is_told_by_its_cause(tools, says, error, exit_code):
+def test_ask_with_kubectl_error_raises_error_of_its_cause(tools, says, error, exit_code):
     tools.plan(0, says=says, code=1)
     with pytest.raises(error) as caught:
         Kubernetes().ask(SUBMISSION)
@@ -184,13 +184,13 @@ def test_what_the_cluster_answers_is_told_by_its_cause(tools, says, error, exit_
     assert caught.value.exit_code == exit_code
 
 
-def test_without_kubectl_it_says_so(tmp_path, monkeypatch):
+def test_ask_without_kubectl_says_not_installed(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigInvalid, match="kubectl is not installed"):
         Kubernetes().ask(SUBMISSION)
 
 
-def test_the_run_is_created_then_its_report(tools):
+def test_submit_creates_run_then_report(tools):
     platform = Kubernetes(namespace="renders")
     files = platform.render(SUBMISSION)
     run, report = names()
@@ -202,8 +202,8 @@ def test_the_run_is_created_then_its_report(tools):
     assert [json.loads(call.stdin) for call in calls] == list(yaml.safe_load_all(files["job.yaml"]))
 
 
-def test_what_is_in_the_files_is_what_is_submitted(tools):
-    """Also where somebody has changed them."""
+def test_submit_sends_edited_file_as_edited(tools):
+    """The files are submitted as they are, also where a user has edited them."""
     files = dict(Kubernetes().render(SUBMISSION))
     files["job.yaml"] = files["job.yaml"].replace("memory: 60Gi", "memory: 90Gi")
     Kubernetes().submit(SUBMISSION, files)
@@ -213,7 +213,7 @@ def test_what_is_in_the_files_is_what_is_submitted(tools):
 
 
 @pytest.mark.parametrize(("says", "error"), [(FORBIDDEN, ClusterDenied), (UNREACHABLE, ClusterUnavailable)])
-def test_where_the_report_is_refused_the_run_is_taken_back(tools, says, error):
+def test_refused_report_deletes_run(tools, says, error):
     tools.plan(1, says=says, code=1)
     with pytest.raises(error, match=says.split("(")[0]):
         Kubernetes().submit(SUBMISSION, Kubernetes().render(SUBMISSION))
@@ -222,21 +222,21 @@ def test_where_the_report_is_refused_the_run_is_taken_back(tools, says, error):
     assert "--ignore-not-found" in last
 
 
-def test_a_refused_run_leaves_nothing_to_take_back(tools):
+def test_refused_run_deletes_nothing(tools):
     tools.plan(0, says=FORBIDDEN, code=1)
     with pytest.raises(ClusterDenied):
         Kubernetes().submit(SUBMISSION, Kubernetes().render(SUBMISSION))
     assert len(tools.calls()) == 1
 
 
-def test_a_run_that_may_have_been_accepted_is_taken_back(tools):
+def test_unanswered_run_is_deleted(tools):
     tools.plan(0, says=UNREACHABLE, code=1)
     with pytest.raises(ClusterUnavailable):
         Kubernetes().submit(SUBMISSION, Kubernetes().render(SUBMISSION))
     assert [call.words[3] for call in tools.calls()] == ["create", "delete"]
 
 
-def test_what_cannot_be_taken_back_is_named_with_the_command_that_removes_it(tools):
+def test_job_that_cannot_be_deleted_is_named_with_delete_command(tools):
     tools.plan(1, says=FORBIDDEN, code=1)
     tools.plan(2, says=UNREACHABLE, code=1)
     with pytest.raises(ClusterDenied) as caught:
@@ -246,7 +246,7 @@ def test_what_cannot_be_taken_back_is_named_with_the_command_that_removes_it(too
     assert f"kubectl --namespace default delete job {names()[0]}" in str(caught.value.todo)
 
 
-def test_lines_to_paste():
+def test_watch_gives_get_logs_delete_and_status_commands():
     platform = Kubernetes(namespace="renders", context="night")
     run, report = names()
     lines = platform.watch(SUBMISSION, (SubmittedJob("run", run), SubmittedJob("report", report)))
@@ -260,7 +260,7 @@ def test_lines_to_paste():
 # -- submit.sh ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_script_asks_copies_the_manifest_and_creates_both(tools, tmp_path):
+def test_submit_sh_dry_runs_copies_manifest_and_creates_both_jobs(tools, tmp_path):
     run, report = names()
     tools.plan(2, prints=f"job.batch/{run}\njob.batch/{report}")
     done = tools.run_script(tmp_path / "job files", Kubernetes(context="night").render(SUBMISSION))
@@ -275,7 +275,7 @@ def test_the_script_asks_copies_the_manifest_and_creates_both(tools, tmp_path):
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_the_script_creates_nothing_where_a_step_before_fails(tools, tmp_path, failing):
+def test_submit_sh_with_failed_earlier_step_creates_nothing(tools, tmp_path, failing):
     tools.plan(failing, says=FORBIDDEN, code=1)
     done = tools.run_script(tmp_path / "files", Kubernetes().render(SUBMISSION))
     assert done.returncode == 1
@@ -283,14 +283,14 @@ def test_the_script_creates_nothing_where_a_step_before_fails(tools, tmp_path, f
     assert len(tools.calls()) == failing + 1
 
 
-def test_the_script_takes_back_what_was_accepted_alone(tools, tmp_path):
+def test_submit_sh_with_one_refused_job_deletes_only_accepted_job(tools, tmp_path):
     tools.plan(2, prints="job.batch/night-1", says=FORBIDDEN, code=1)  # as kubectl does: it goes on after an error
     done = tools.run_script(tmp_path / "files", Kubernetes().render(SUBMISSION))
     assert done.returncode == 1
     assert tools.calls()[3].words == ("kubectl", "--namespace", "default", "delete", "job.batch/night-1")
 
 
-def test_the_script_takes_nothing_back_where_nothing_was_accepted(tools, tmp_path):
+def test_submit_sh_with_nothing_accepted_deletes_nothing(tools, tmp_path):
     tools.plan(2, says=FORBIDDEN, code=1)
     done = tools.run_script(tmp_path / "files", Kubernetes().render(SUBMISSION))
     assert done.returncode == 1

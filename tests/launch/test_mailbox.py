@@ -45,12 +45,12 @@ class Taking:
         return todo.job.id if todo is not None else None
 
 
-def test_it_is_a_job_source_that_knows_no_job_at_the_start():
+def test_new_mailbox_is_job_source_without_jobs():
     source: JobSource = Mailbox()
     assert list(source.jobs) == []
 
 
-def test_take_waits_for_a_job_and_gets_it():
+def test_take_of_empty_mailbox_waits_for_sent_job():
     mailbox = Mailbox()
     taking = Taking(mailbox)
     taking.wait_blocked()
@@ -58,8 +58,8 @@ def test_take_waits_for_a_job_and_gets_it():
     assert taking.result() == "a"
 
 
-def test_take_waits_when_all_jobs_are_settled_and_more_may_come():
-    """A shard's list ends there."""
+def test_take_with_all_jobs_settled_waits_until_end():
+    """More jobs may be sent until the end; a shard's fixed list would end there."""
     mailbox = Mailbox()
     mailbox.send(make_job("a"))
     mailbox.take()
@@ -70,7 +70,7 @@ def test_take_waits_when_all_jobs_are_settled_and_more_may_come():
     assert taking.result() is None
 
 
-def test_jobs_that_were_sent_before_the_end_are_still_taken():
+def test_job_sent_before_end_is_still_taken():
     mailbox = Mailbox()
     for name in "ab":
         mailbox.send(make_job(name))
@@ -83,8 +83,8 @@ def test_jobs_that_were_sent_before_the_end_are_still_taken():
 
 
 @pytest.mark.parametrize("last", ["settle", "put back"])
-def test_after_the_end_take_waits_for_what_is_taken(last):
-    """It may be put back. None comes when nothing more can."""
+def test_take_after_end_waits_for_taken_job(last):
+    """A taken job may be put back; take returns None only when no more job can come."""
     mailbox = Mailbox()
     mailbox.send(make_job("a"))
     todo = mailbox.take()
@@ -102,7 +102,7 @@ def test_after_the_end_take_waits_for_what_is_taken(last):
         assert mailbox.take() is None
 
 
-def test_a_job_that_waits_for_its_delay_holds_no_other_up():
+def test_delayed_job_does_not_block_later_job():
     clock = HandClock()
     mailbox = Mailbox(clock)
     mailbox.send(make_job("put off"))
@@ -119,7 +119,7 @@ def test_a_job_that_waits_for_its_delay_holds_no_other_up():
     assert back is not None and (back.job.id, back.looked) == ("put off", True)
 
 
-def test_closing_wakes_take_and_returns_what_was_sent_or_put_back():
+def test_close_wakes_take_and_returns_waiting_jobs():
     mailbox = Mailbox()
     mailbox.send(make_job("a"))
     todo = mailbox.take()
@@ -133,7 +133,7 @@ def test_closing_wakes_take_and_returns_what_was_sent_or_put_back():
     assert mailbox.close() == []
 
 
-def test_after_the_end_nothing_can_be_sent():
+def test_send_after_end_is_refused():
     mailbox = Mailbox()
     mailbox.end()
     with pytest.raises(ValueError, match="no items can be added"):
@@ -154,7 +154,7 @@ def drive(mailbox: Mailbox, work: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def test_it_feeds_a_running_loop(bench):  # noqa: F811
+def test_mailbox_feeds_jobs_to_running_loop(bench):  # noqa: F811
     """Jobs that nothing knew at the start are rendered, skipped where they are done, and stand in the summary."""
     mailbox, jobs = Mailbox(), [bench.job(name) for name in ("a", "b", "c")]
     assert bench.run(jobs[0], run_id="first") == 0
@@ -175,7 +175,7 @@ def test_it_feeds_a_running_loop(bench):  # noqa: F811
     assert bench.summary["counts"] == {"total": 3, "succeeded": 2, "skipped": 1, "failed": 0, "not_run": 0}
 
 
-def test_a_job_that_another_runner_has_holds_no_other_up(bench):  # noqa: F811
+def test_job_leased_by_other_runner_does_not_block_next_job(bench):  # noqa: F811
     """The loop puts it off, renders the job that is sent after it, and then this one, when its lease is given back."""
     mailbox, other = Mailbox(), Ledger(bench.out)
     held, free = bench.job("held"), bench.job("free")
@@ -199,7 +199,7 @@ def test_a_job_that_another_runner_has_holds_no_other_up(bench):  # noqa: F811
     ]
 
 
-def test_a_job_that_fails_for_a_while_is_tried_again_after_the_end(bench):  # noqa: F811
+def test_job_with_retryable_failure_is_retried_after_end(bench):  # noqa: F811
     mailbox = Mailbox()
     mailbox.send(bench.job("a", "flaky"))
     mailbox.end()

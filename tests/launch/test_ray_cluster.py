@@ -26,7 +26,7 @@ class AuthenticationError(Exception):
         (ConfigInvalid("as it is"), ConfigInvalid, "as it is"),
     ],
 )
-def test_what_keeps_ray_from_being_opened(error, kind, text):
+def test_opening_error_of_ray_becomes_runner_error(error, kind, text):
     found = ray_cluster._opening_error(error, "--on ray:auto")
     assert type(found) is kind
     assert text in found.message
@@ -41,7 +41,7 @@ def ray_error(*names: str, cause: Exception | None = None) -> Exception:
     return error
 
 
-def test_what_a_failed_call_means():
+def test_worker_error_of_ray_call_becomes_runner_error():
     assert type(ray_cluster._worker_error(ray_error("RayActorError", "ActorUnavailableError"))) is WorkerSilent
     gone = ray_cluster._worker_error(ray_error("RayActorError", "ActorDiedError"))
     assert (type(gone), str(gone)) == (WorkerGone, "first line")
@@ -51,7 +51,7 @@ def test_what_a_failed_call_means():
     assert type(ray_cluster._worker_error(ray_error("RayTaskError", cause=KeyError("x")))) is InternalError
 
 
-def test_an_address_where_nothing_listens_is_found_out_before_ray_is_asked():
+def test_cluster_at_address_without_listener_raises_cluster_unavailable():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         cluster = RayCluster(f"127.0.0.1:{free.getsockname()[1]}")
@@ -59,7 +59,7 @@ def test_an_address_where_nothing_listens_is_found_out_before_ray_is_asked():
             cluster.__enter__()
 
 
-def test_ray_that_is_not_installed(monkeypatch):
+def test_cluster_without_ray_installed_says_how_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray.util.scheduling_strategies", None)
     with pytest.raises(ConfigInvalid, match=r"pip install 'video-lab-runner\[ray\]'"):
         RayCluster(None).__enter__()

@@ -182,7 +182,7 @@ def named(events: list[Any], name: str) -> list[Any]:
     return [event for event in events if event["event"] == name]
 
 
-def test_each_job_is_sent_once_and_every_worker_ends():
+def test_run_on_ray_sends_each_job_once_and_ends_workers():
     cluster = StandInCluster(nodes("a", "b"))
     shared, events = drive(cluster, "123456")
     assert (shared.exit_code, statuses(shared)) == (0, dict.fromkeys("123456", "succeeded"))
@@ -191,20 +191,20 @@ def test_each_job_is_sent_once_and_every_worker_ends():
     assert len(named(events, "ray_worker_started")) == len(cluster.started)
 
 
-def test_every_worker_is_told_what_all_jobs_ask_for():
+def test_worker_order_has_demands_of_all_jobs():
     cluster, demands = StandInCluster(nodes("a", "b")), (JobDemand((1280, 720), 81),)
     drive(cluster, "12", demands=demands)
     assert [order.demands for order in cluster.orders] == [demands] * len(cluster.started)
 
 
-def test_the_last_job_is_kept_for_a_worker_that_starts():
-    """In place of being prepared by one that generates another job, for as long as that takes."""
+def test_last_job_waits_for_starting_worker():
+    """A busy worker would only prepare the last job and generate it after its own."""
     cluster = StandInCluster(nodes("a", "b"), slow_nodes={"b"}, frees={"2": "1"})
     shared, _ = drive(cluster, "12")
     assert (shared.exit_code, cluster.sent) == (0, [("a", "1"), ("b", "2")])
 
 
-def test_a_worker_that_dies_is_replaced_and_its_jobs_go_on():
+def test_dead_worker_is_replaced_and_its_jobs_are_finished():
     cluster = StandInCluster(nodes("a"), dies={"2": 1})
     shared, events = drive(cluster, "123")
     assert (shared.exit_code, statuses(shared)) == (0, dict.fromkeys("123", "succeeded"))
@@ -213,7 +213,7 @@ def test_a_worker_that_dies_is_replaced_and_its_jobs_go_on():
     assert died["worker"] == "a/0"
 
 
-def test_a_place_whose_workers_die_again_and_again_is_given_up():
+def test_place_with_repeatedly_dying_workers_is_given_up():
     cluster = StandInCluster(nodes("a"), dies={"1": 99})
     shared, events = drive(cluster, "1")
     assert (shared.exit_code, statuses(shared)) == (3, {"1": "not_run"})
@@ -221,7 +221,7 @@ def test_a_place_whose_workers_die_again_and_again_is_given_up():
     assert len(named(events, "ray_place_given_up")) == 1
 
 
-def test_a_node_that_goes_and_one_that_comes():
+def test_job_of_removed_node_moves_to_added_node():
     cluster = StandInCluster(nodes("a"), later=nodes("b"), holds="1")
     shared, events = drive(cluster, "12")
     assert statuses(shared) == dict.fromkeys("12", "succeeded")
@@ -229,7 +229,7 @@ def test_a_node_that_goes_and_one_that_comes():
     assert [event["how"] for event in named(events, "ray_worker_died")] == ["its node is gone"]
 
 
-def test_an_engine_that_fails_at_one_place_stops_no_other():
+def test_engine_failure_at_one_place_does_not_stop_others():
     cluster = StandInCluster(nodes("a", "b"), stops_for={"a": WeightsMissing("none", where="a")})
     shared, events = drive(cluster, "1234")
     assert shared.exit_code == 0
@@ -238,20 +238,20 @@ def test_an_engine_that_fails_at_one_place_stops_no_other():
     assert [event["code"] for event in named(events, "ray_worker_failed")] == ["weights.missing"]
 
 
-def test_the_engines_of_all_fail():
+def test_engine_failure_at_all_places_exits_2():
     errors = {name: WeightsMissing("none", where=name) for name in "ab"}
     shared, _ = drive(StandInCluster(nodes("a", "b"), stops_for=errors), "12")
     assert (shared.exit_code, statuses(shared)) == (2, {"1": "not_run", "2": "not_run"})
     assert shared.error is not None and shared.error.code == "weights.missing"
 
 
-def test_a_device_that_is_lost_after_a_job_gets_a_new_process():
+def test_worker_with_lost_device_is_replaced_by_new_process():
     cluster = StandInCluster(nodes("a"), lost_after={"1": DeviceLost("gone")})
     shared, _ = drive(cluster, "12")
     assert (shared.exit_code, len(cluster.started)) == (0, 2)
 
 
-def test_a_node_with_other_code_is_named():
+def test_node_with_other_code_version_is_named_and_unused():
     cluster = StandInCluster(nodes("a", "b"), broken_nodes={"a"})
     shared, events = drive(cluster, "12")
     assert shared.exit_code == 0
@@ -263,12 +263,12 @@ def test_a_node_with_other_code_is_named():
 
 
 @pytest.mark.parametrize(("workers", "what"), [(None, "no GPU"), (2, "no CPU")])
-def test_a_cluster_that_has_nothing_to_compute_on(workers, what):
+def test_cluster_without_gpu_or_cpu_is_refused(workers, what):
     with pytest.raises(ConfigInvalid, match=what):
         drive(StandInCluster([RayNode("a", "a", cpus=0, gpus=0)]), "1", workers=workers)
 
 
-def test_a_call_that_is_lost_on_the_way_is_made_again():
+def test_lost_call_to_worker_is_repeated():
     cluster = StandInCluster(nodes("a"), silent=2)
     shared, events = drive(cluster, "1")
     assert shared.exit_code == 0
@@ -276,7 +276,7 @@ def test_a_call_that_is_lost_on_the_way_is_made_again():
     assert not named(events, "ray_worker_died")
 
 
-def test_a_worker_that_is_out_of_reach_for_long_is_lost(monkeypatch):
+def test_worker_unreachable_too_long_is_replaced(monkeypatch):
     monkeypatch.setattr(ray_driver, "SILENT_S", 0.05)
     monkeypatch.setattr(ray_driver, "ASK_AGAIN_S", 0.03)
     cluster = StandInCluster(nodes("a"), silent=3)
@@ -287,7 +287,7 @@ def test_a_worker_that_is_out_of_reach_for_long_is_lost(monkeypatch):
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_is_passed_on_once(signum, code):
+def test_signal_is_passed_to_each_worker_once(signum, code):
     cluster = StandInCluster(nodes("a", "b"), holds="1234")
     shared, _ = drive_signalled(cluster, "1234", 2, signum)
     assert shared.exit_code == code
@@ -295,14 +295,14 @@ def test_a_signal_is_passed_on_once(signum, code):
     assert [worker.stops for worker in cluster.started] == [1, 1]
 
 
-def test_a_signal_that_comes_while_the_cluster_is_opened_starts_nothing():
+def test_signal_while_cluster_opens_starts_no_worker():
     stop, cluster = Stop(0.0), StandInCluster(nodes("a"))
     stop.request(signal.SIGTERM)
     shared, _ = drive(cluster, "1", stop)
     assert (shared.exit_code, statuses(shared), cluster.started) == (143, {"1": "not_run"}, [])
 
 
-def test_a_worker_that_does_not_end_after_a_signal_is_killed(monkeypatch):
+def test_worker_that_ignores_signal_is_killed(monkeypatch):
     monkeypatch.setattr(ray_driver, "END_S", 0.1)
     cluster = StandInCluster(nodes("a"), holds="1", deaf=True)
     shared, events = drive_signalled(cluster, "1", 1, signal.SIGTERM)

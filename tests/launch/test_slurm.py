@@ -47,7 +47,7 @@ def directives(script: str) -> dict[str, str]:
 # What is rendered
 
 
-def test_files_are_the_same_each_time_and_shellcheck_has_no_complaint():
+def test_render_is_reproducible_and_passes_shellcheck():
     settings = Slurm(partition="gpu", bind=("/lustre/with space",), cache="/local/cache")
     files = settings.render(SUBMISSION)
     assert files == settings.render(SUBMISSION)
@@ -56,7 +56,7 @@ def test_files_are_the_same_each_time_and_shellcheck_has_no_complaint():
         assert complaints(text) == ""
 
 
-def test_the_array_asks_for_what_a_task_needs():
+def test_run_sbatch_requests_resources_of_task():
     settings = Slurm(partition="gpu", account="team", qos="long", constraint="h100&nvme", sbatch_flags=("--tmp=200G",))
     asked = directives(settings.render(SUBMISSION)["run.sbatch"])
     assert asked == {
@@ -81,34 +81,34 @@ def test_the_array_asks_for_what_a_task_needs():
     }
 
 
-def test_the_report_asks_for_no_gpu_and_has_no_dependency_of_its_own():
+def test_report_sbatch_requests_no_gpu_and_has_no_dependency():
     asked = directives(Slurm(partition="gpu", report_partition="cpu").render(SUBMISSION)["report.sbatch"])
     assert (asked["--partition"], asked["--job-name"]) == ("cpu", "night-renders-report")
     assert not {"--gres", "--array", "--dependency", "--constraint", "--signal"} & asked.keys()
     assert directives(Slurm(partition="gpu").render(SUBMISSION)["report.sbatch"])["--partition"] == "gpu"
 
 
-def test_logs_lie_beside_the_run_or_where_sbatch_is_called():
+def test_log_path_is_in_run_folder_or_in_folder_of_sbatch_call():
     assert directives(Slurm().render(ON_S3)["run.sbatch"])["--output"] == "night-renders-%A_%a.log"
     odd = replace(SUBMISSION, out="/lustre/100%")
     assert directives(Slurm().render(odd)["run.sbatch"])["--output"].startswith("/lustre/100%%/runs/")
 
 
-def test_one_shard_is_an_array_and_one_attempt_is_not_requeued():
+def test_run_sbatch_with_1_shard_and_1_attempt_is_array_without_requeue():
     asked = directives(Slurm().render(replace(SUBMISSION, shards=1, attempts=1))["run.sbatch"])
     assert asked["--array"] == "0-0"
     assert "--no-requeue" in asked
     assert "--requeue" not in asked
 
 
-def test_a_flag_of_the_user_comes_last():
+def test_sbatch_flag_of_user_overrides_rendered_flag():
     settings = Slurm(sbatch_flags=("--gres=gpu:h100:1", "--mem=100G"))
     asked = directives(settings.render(SUBMISSION)["run.sbatch"])
     assert (asked["--gres"], asked["--mem"]) == ("gpu:h100:1", "100G")
     assert "--mem=100G" not in settings.render(SUBMISSION)["report.sbatch"]
 
 
-def test_no_credential_is_written(monkeypatch):
+def test_rendered_files_contain_no_credential(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush-hush")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "token-token-token")
     for text in Slurm().render(SUBMISSION).values():
@@ -119,7 +119,7 @@ def test_no_credential_is_written(monkeypatch):
 # What is checked
 
 
-def test_the_defaults_pass():
+def test_check_of_default_settings_passes():
     Slurm().check(SUBMISSION)
     Slurm(partition="a,b", sbatch_flags=("--exclusive", "--gres=gpu:h100:1"), cache="/local").check(ON_S3)
     Slurm().check(replace(SUBMISSION, image="docker://registry.example/video-lab:1.2"))
@@ -149,7 +149,7 @@ def test_the_defaults_pass():
         ({"spot": True}, "partition or QOS"),
     ],
 )
-def test_what_slurm_or_apptainer_would_refuse_is_refused(changes, words):
+def test_check_of_invalid_submission_is_refused(changes, words):
     with pytest.raises(ConfigInvalid) as caught:
         Slurm().check(replace(SUBMISSION, **changes))
     assert words in caught.value.message
@@ -170,18 +170,18 @@ def test_what_slurm_or_apptainer_would_refuse_is_refused(changes, words):
         ({"cache": "scratch"}, "full path"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings, words):
+def test_check_of_invalid_setting_is_refused(settings, words):
     with pytest.raises(ConfigInvalid) as caught:
         Slurm(**settings).check(SUBMISSION)
     assert words in caught.value.message
 
 
-def test_spot_is_a_partition_or_a_qos():
+def test_check_of_spot_with_partition_or_qos_passes():
     Slurm(partition="preemptible").check(replace(SUBMISSION, spot=True))
     Slurm(qos="scavenger").check(replace(SUBMISSION, spot=True))
 
 
-def test_local_paths_are_places_of_the_tasks(tmp_path, monkeypatch):
+def test_place_of_local_path_is_absolute_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     slurm = Slurm()
     assert slurm.place("out") == str(tmp_path / "out")
@@ -263,31 +263,31 @@ def task(tmp_path) -> Task:
 
 
 @pytest.mark.parametrize("code", [0, 1, 2])
-def test_what_another_start_would_find_again_is_passed_on(task, code):
+def test_exit_code_of_final_result_is_passed_on_without_requeue(task, code):
     assert task.run(code) == (code, [])
 
 
 @pytest.mark.parametrize("code", [3, 143, 134, 137, 255])
-def test_what_may_end_otherwise_is_requeued(task, code):
+def test_task_with_retryable_exit_code_is_requeued(task, code):
     assert task.run(code) == (code, REQUEUED)
 
 
 @pytest.mark.parametrize(("restarts", "asked"), [("0", REQUEUED), ("1", REQUEUED), ("2", []), ("7", [])])
-def test_a_task_is_started_so_often_at_most(task, restarts, asked):
+def test_task_is_requeued_until_attempts_are_used(task, restarts, asked):
     assert task.run(3, SLURM_RESTART_COUNT=restarts) == (3, asked)
 
 
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", "PREEMPTED", ""])
-def test_a_task_that_slurm_has_taken_already_is_left_to_it(task, state):
+def test_task_no_longer_running_in_slurm_is_not_requeued(task, state):
     """After scancel, or a preemption without a grace period: a requeue would undo the one and repeat the other."""
     assert task.run(143, STATE=state) == (143, REQUEUED[:1])
 
 
-def test_a_requeue_that_is_refused_leaves_the_exit_code(task):
+def test_refused_requeue_keeps_exit_code(task):
     assert task.run(3, SCONTROL="1") == (3, REQUEUED)
 
 
-def test_the_report_is_requeued_by_its_own_id(tmp_path):
+def test_report_job_is_requeued_by_its_own_id(tmp_path):
     task = Task(tmp_path, script="report.sbatch")
     assert task.run(3)[1][-1] == "scontrol requeue 101"
     assert task.run(0)[0] == 0
@@ -300,7 +300,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.02)
 
 
-def test_the_script_outlives_sigterm_and_sees_how_the_step_drains(task):
+def test_run_sbatch_with_sigterm_waits_for_step_to_drain(task):
     """At the end of a job Slurm signals the script as well as the step; the step's exit code decides."""
     process = task.begin("wait")
     try:
@@ -321,7 +321,7 @@ def test_the_script_outlives_sigterm_and_sees_how_the_step_drains(task):
     assert task.asked() == REQUEUED
 
 
-def test_the_container_has_a_cache_and_the_submitters_credentials(task):
+def test_container_gets_cache_folder_and_submitter_credentials(task):
     assert task.run(0)[0] == 0
     cache, variables = task.calls.read_text().splitlines()
     assert variables == "variables none none https://store.example/it's s3cret"  # the image's HF_HOME and TMPDIR hold
@@ -329,7 +329,7 @@ def test_the_container_has_a_cache_and_the_submitters_credentials(task):
     assert not Path(cache.removeprefix("cache ")).exists()
 
 
-def test_the_container_gets_the_image_then_the_words_of_the_run(tmp_path):
+def test_container_command_has_binds_then_image_then_run_arguments(tmp_path):
     script = Slurm(bind=("/data/x y",)).render(SUBMISSION)["run.sbatch"]
     begin = script.index("srun --ntasks")
     words = shlex.split(script[begin : script.index("&\nstep=")].replace("\\\n", ""))
@@ -351,7 +351,7 @@ def tools(tmp_path, monkeypatch) -> RecordedTools:
     return recorded
 
 
-def test_sbatch_judges_both_scripts(tools):
+def test_ask_tests_both_scripts_with_sbatch(tools):
     tools.plan(1, prints="MaxArraySize            = 3\nMaxDBDMsgs = 20")
     slurm = Slurm(partition="gpu")
     slurm.ask(SUBMISSION)
@@ -361,7 +361,7 @@ def test_sbatch_judges_both_scripts(tools):
     assert [call.stdin.decode() for call in calls[2:]] == [files["run.sbatch"], files["report.sbatch"]]
 
 
-def test_an_array_that_the_cluster_does_not_take(tools):
+def test_ask_with_array_larger_than_cluster_limit_is_refused(tools):
     tools.plan(1, prints="MaxArraySize            = 2")
     with pytest.raises(ConfigInvalid, match="at most 2 tasks"):
         Slurm().ask(SUBMISSION)
@@ -377,20 +377,20 @@ def test_an_array_that_the_cluster_does_not_take(tools):
         ("sbatch: error: Unable to contact slurm controller (connect failure)", ClusterUnavailable),
     ],
 )
-def test_what_sbatch_says_becomes_an_error_of_ours(tools, said, error):
+def test_sbatch_error_becomes_runner_error_of_its_cause(tools, said, error):
     tools.plan(2, says=said, code=1)
     with pytest.raises(error) as caught:
         Slurm().ask(SUBMISSION)
     assert said.splitlines()[-1] in caught.value.message
 
 
-def test_without_slurm_the_tool_is_named(tmp_path, monkeypatch):
+def test_ask_without_sbatch_says_not_installed(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigInvalid, match="sbatch is not installed"):
         Slurm().ask(SUBMISSION)
 
 
-def test_the_report_depends_on_the_end_of_the_array(tools):
+def test_submit_makes_report_depend_on_end_of_array(tools):
     tools.plan(0, prints="4711;cluster")
     tools.plan(1, prints="4712")
     slurm = Slurm()
@@ -406,7 +406,7 @@ def test_the_report_depends_on_the_end_of_the_array(tools):
     assert "scancel 4711" in lines
 
 
-def test_an_array_whose_report_is_refused_is_taken_back(tools):
+def test_refused_report_cancels_array(tools):
     tools.plan(0, prints="4711")
     tools.plan(1, says="Invalid partition name specified", code=1)
     with pytest.raises(ConfigInvalid, match="Invalid partition"):
@@ -414,7 +414,7 @@ def test_an_array_whose_report_is_refused_is_taken_back(tools):
     assert tools.calls()[-1].words == ("scancel", "4711")
 
 
-def test_submit_sh_puts_the_manifest_in_place_and_takes_back_too(tmp_path):
+def test_submit_sh_copies_manifest_and_cancels_array_of_refused_report(tmp_path):
     tools = RecordedTools(tmp_path, "sbatch", "scancel", "aws")
     submission = replace(
         SUBMISSION, out=str(tmp_path / "out"), manifest=str(tmp_path / "out/runs/night/manifest.jsonl")

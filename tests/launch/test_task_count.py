@@ -25,7 +25,7 @@ def list_schedule(seconds: list[float], gpus: int) -> float:
 
 
 @given(SECONDS)
-def test_no_share_by_index_is_longer_than_the_time_and_one_task_less_would_be_too_few(seconds):
+def test_count_tasks_gives_fewest_tasks_within_time(seconds):
     counted = count_tasks(seconds, within_s=3600, startup_s=600)
     found, ordered = counted.tasks, [seconds[place] for place in counted.order]
     loads = [sum(Shard(index, found).take(ordered)) for index in range(found)]
@@ -38,7 +38,7 @@ def test_no_share_by_index_is_longer_than_the_time_and_one_task_less_would_be_to
 
 
 @given(SECONDS, st.integers(1, 70))
-def test_balanced_shares_have_every_job_once_and_differ_by_the_longest_at_most(seconds, tasks):
+def test_balance_shares_has_each_job_once_and_differs_by_longest_at_most(seconds, tasks):
     order = balance_shares(seconds, tasks)
     assert sorted(order) == list(range(len(seconds)))
     shares = [Shard(index, tasks).take([seconds[place] for place in order]) for index in range(tasks)]
@@ -46,7 +46,7 @@ def test_balanced_shares_have_every_job_once_and_differ_by_the_longest_at_most(s
     assert all(share == sorted(share, reverse=True) for share in shares)
 
 
-def test_shares_of_unequal_jobs_are_balanced_better_than_in_the_manifest_s_order():
+def test_balance_shares_of_unequal_jobs_beats_manifest_order():
     """Log-normal jobs, as in bench/cluster_scale.py; the bound is the work divided by the shares."""
     random = Random(1)
     seconds = [random.lognormvariate(4.6, 0.7) for _ in range(1000)]
@@ -59,7 +59,7 @@ def test_shares_of_unequal_jobs_are_balanced_better_than_in_the_manifest_s_order
 
 
 @given(SECONDS, st.integers(1, 8), st.randoms(use_true_random=False))
-def test_jobs_that_are_handed_out_end_in_time_in_any_order(seconds, gpus, random):
+def test_count_tasks_with_share_any_ends_in_time_in_any_order(seconds, gpus, random):
     found = count_tasks(seconds, within_s=3600, startup_s=600, gpus_per_task=gpus, share="any").tasks
     for _ in range(5):
         random.shuffle(seconds)
@@ -78,18 +78,18 @@ def test_jobs_that_are_handed_out_end_in_time_in_any_order(seconds, gpus, random
         ([60.0] * 100, {"gpus_per_task": 2}, 2),
     ],
 )
-def test_examples_that_can_be_counted_by_hand(seconds, how, tasks):
+def test_count_tasks_of_simple_jobs_gives_expected_count(seconds, how, tasks):
     assert count_tasks(seconds, within_s=3600, startup_s=600, **how).tasks == tasks
 
 
-def test_the_reason_has_the_numbers():
+def test_count_tasks_reason_has_hours_jobs_and_minutes():
     found = count_tasks([60.0] * 100, within_s=3600, startup_s=600)
     assert found.reason == (
         "forecast: 1.7 h of GPU time in 100 jobs; the longest task takes 60 min of 60 min, including 10 min to start"
     )
 
 
-def test_a_job_that_is_too_long_by_itself_is_named_with_the_time_that_it_needs():
+def test_count_tasks_with_too_long_job_names_job_and_needed_time():
     with pytest.raises(ConfigInvalid, match=r"^--within: by the forecast job anna takes 51 min") as caught:
         count_tasks([10, 3060], within_s=3600, startup_s=600, longest="job anna")
     assert "Give at least --within 61m" in caught.value.message
@@ -106,6 +106,6 @@ def test_a_job_that_is_too_long_by_itself_is_named_with_the_time_that_it_needs()
         (4, 17, 8, 3, "--shards 4, lowered: there are 17 jobs at 8 GPUs a task"),
     ],
 )
-def test_there_are_no_more_tasks_than_jobs(asked, jobs, gpus, tasks, reason):
+def test_limit_tasks_gives_no_more_tasks_than_jobs(asked, jobs, gpus, tasks, reason):
     found = limit_tasks(asked, jobs, gpus)
     assert (found.tasks, found.reason) == (tasks, reason)

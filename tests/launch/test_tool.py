@@ -27,12 +27,12 @@ def write_program(folder: Path, name: str, body: str) -> None:
     path.chmod(0o755)
 
 
-def test_words_and_stdin_arrive_as_they_are_and_the_output_comes_back(bin_folder):
+def test_run_tool_passes_arguments_and_stdin_and_returns_stdout(bin_folder):
     write_program(bin_folder, "tool-of-a-platform", 'printf "%s|" "$@"; cat; echo said aside >&2')
     assert run_tool(["tool-of-a-platform", "a b", "$HOME", "ü"], stdin=b"in;put", timeout_s=30) == "a b|$HOME|ü|in;put"
 
 
-def test_without_stdin_a_tool_that_asks_gets_no_answer(bin_folder):
+def test_run_tool_without_stdin_gives_tool_empty_input(bin_folder):
     write_program(bin_folder, "asking", 'read answer || echo "none"')
     assert run_tool(["asking"], timeout_s=30) == "none\n"
 
@@ -65,7 +65,7 @@ def test_without_stdin_a_tool_that_asks_gets_no_answer(bin_folder):
         ("fatal error: An error occurred (AccessDenied) when calling the PutObject operation", ClusterDenied),
     ],
 )  # fmt: skip
-def test_what_a_tool_says_is_mapped_to_its_cause(bin_folder, tmp_path, text, error):
+def test_tool_error_message_becomes_error_of_its_cause(bin_folder, tmp_path, text, error):
     (tmp_path / "said").write_text(text, encoding="utf-8")
     write_program(bin_folder, "failing", f'cat "{tmp_path}/said" >&2; exit 7')
     with pytest.raises(error) as caught:
@@ -77,7 +77,7 @@ def test_what_a_tool_says_is_mapped_to_its_cause(bin_folder, tmp_path, text, err
     assert caught.value.todo
 
 
-def test_of_a_long_complaint_the_end_is_told(bin_folder):
+def test_long_tool_error_message_is_cut_to_its_end(bin_folder):
     write_program(bin_folder, "wordy", "for n in 1 2 3 4 5 6; do echo line $n >&2; echo >&2; done; exit 1")
     with pytest.raises(ConfigInvalid) as caught:
         run_tool(["wordy"], timeout_s=30)
@@ -89,21 +89,21 @@ def test_of_a_long_complaint_the_end_is_told(bin_folder):
     [("exit 3", "it printed nothing (exit code 3)"), ("echo out; exit 3", "out (exit code 3)"),
      ("kill -TERM $$", "it printed nothing (killed by signal 15)")],
 )  # fmt: skip
-def test_a_tool_that_fails_without_a_complaint(bin_folder, body, what):
+def test_tool_failure_without_stderr_reports_stdout_and_exit(bin_folder, body, what):
     write_program(bin_folder, "silent", body)
     with pytest.raises(ConfigInvalid) as caught:
         run_tool(["silent"], timeout_s=30)
     assert caught.value.what == what
 
 
-def test_a_tool_that_is_not_there(tmp_path, monkeypatch):
+def test_missing_tool_error_says_not_installed(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigInvalid, match="kubectl is not installed") as caught:
         run_tool(["kubectl", "version"], timeout_s=30)
     assert "--render-only" in str(caught.value.todo)
 
 
-def test_a_tool_that_cannot_be_started(bin_folder):
+def test_tool_that_cannot_be_started_is_refused(bin_folder):
     path = bin_folder / "broken"
     path.write_text("#!/no/such/interpreter\n", encoding="utf-8")
     path.chmod(0o755)
@@ -111,7 +111,7 @@ def test_a_tool_that_cannot_be_started(bin_folder):
         run_tool(["broken"], timeout_s=30)
 
 
-def test_a_tool_that_hangs_is_killed_with_what_it_started(bin_folder, tmp_path):
+def test_tool_over_timeout_is_killed_with_its_children(bin_folder, tmp_path):
     """As gcloud: a script whose child holds the output open."""
     write_program(bin_folder, "hanging", f'sleep 600 & echo $! > "{tmp_path}/child"; wait')
     started = time.monotonic()
@@ -133,7 +133,7 @@ def is_running(pid: int) -> bool:
     return state != "Z"  # dead, and not yet reaped by its new parent
 
 
-def test_an_interrupt_ends_the_tool_too(bin_folder, tmp_path, monkeypatch):
+def test_interrupted_run_tool_kills_tool(bin_folder, tmp_path, monkeypatch):
     write_program(bin_folder, "interrupted", f'echo $$ > "{tmp_path}/pid"; sleep 600')
 
     def interrupt(process, *_, **__):
