@@ -134,7 +134,7 @@ def result(folder: Path, job: str) -> dict:
     return json.loads((folder / "out/jobs" / job / "result.json").read_text("utf-8"))
 
 
-def test_the_run_ends_with_1_and_the_good_jobs_are_there(bad_run):
+def test_run_with_bad_jobs_exits_1_and_renders_good_jobs(bad_run):
     code, folder = bad_run
     assert code == 1
     for job in ("first", "last"):
@@ -144,7 +144,7 @@ def test_the_run_ends_with_1_and_the_good_jobs_are_there(bad_run):
 
 
 @pytest.mark.parametrize("job", DEFECTS)
-def test_each_defect_has_its_code_and_says_what_to_do(bad_run, job):
+def test_job_defect_has_error_code_and_remedy(bad_run, job):
     code, words = DEFECTS[job]
     error = result(bad_run[1], job)["error"]
     assert error["code"] == code, error
@@ -155,7 +155,7 @@ def test_each_defect_has_its_code_and_says_what_to_do(bad_run, job):
 
 
 @pytest.mark.parametrize("how", [[], ["--deep"]], ids=["headers", "deep"])
-def test_validate_finds_them_without_rendering(bad_run, capsys, how):
+def test_validate_finds_job_defects_without_rendering(bad_run, capsys, how):
     manifest, store = bad_run[1] / "manifest.yaml", bad_run[1] / "models"
     assert main(["validate", *how, str(manifest), "--models", str(store)]) == 1
     text = capsys.readouterr().out
@@ -169,7 +169,7 @@ def test_validate_finds_them_without_rendering(bad_run, capsys, how):
     assert "weights." not in capsys.readouterr().out  # no store was named
 
 
-def test_validate_of_loras_alone(bad_run, demo_media, tmp_path, capsys):
+def test_validate_no_inputs_checks_only_loras(bad_run, demo_media, tmp_path, capsys):
     good = {"reference": str(demo_media / "references/anna.png"), "video": str(demo_media / "dances/wave.mp4")}
     jobs = [{"id": "a", **good}, {"id": "b", **good, "options": {"loras": [{"name": "gone"}]}}]
     manifest = tmp_path / "m.yaml"
@@ -182,8 +182,8 @@ def test_validate_of_loras_alone(bad_run, demo_media, tmp_path, capsys):
     assert main([*command, str(tmp_path / "none")]) == 2
 
 
-def test_a_run_warns_at_its_start_of_jobs_that_cannot_run(bad_run, capsys):
-    """They are failed in their turn, and fail no other job."""
+def test_run_warns_at_start_of_jobs_with_bad_loras(bad_run, capsys):
+    """Each of these jobs fails in its turn, and no other job fails because of it."""
     folder = bad_run[1]
     text = yaml.safe_load((folder / "manifest.yaml").read_text("utf-8"))
     text["jobs"] = [job for job in text["jobs"] if job["id"] in ("first", "no-lora", "torn-lora", "last")]
@@ -199,7 +199,7 @@ def test_a_run_warns_at_its_start_of_jobs_that_cannot_run(bad_run, capsys):
     assert counts == {"total": 4, "succeeded": 0, "skipped": 2, "failed": 2, "not_run": 0}
 
 
-def test_inputs_outside_the_roots_are_refused(demo_media, demo_models, tmp_path, capsys):
+def test_input_outside_input_roots_is_refused(demo_media, demo_models, tmp_path, capsys):
     inside = tmp_path / "inside"
     inside.mkdir()
     for name in ("references/anna.png", "dances/wave.mp4"):
@@ -252,7 +252,7 @@ def test_inputs_outside_the_roots_are_refused(demo_media, demo_models, tmp_path,
         ("- {id: a, reference: r.png, video: v.mp4, options: {size: 470x832}}", "464x832"),
     ],
 )
-def test_a_manifest_error_starts_nothing(tmp_path, demo_models, capsys, jobs, words):
+def test_run_with_invalid_manifest_exits_2_and_writes_nothing(tmp_path, demo_models, capsys, jobs, words):
     manifest = tmp_path / "m.yaml"
     manifest.write_text(f"version: 1\njobs:\n  {jobs}\n")
     assert main(["run", str(manifest), "--out", str(tmp_path / "out"), *models(demo_models, tmp_path)]) == 2
@@ -273,7 +273,7 @@ def good_manifest(folder: Path, media: Path, **more) -> Path:
     return manifest
 
 
-def test_names_in_any_script_make_a_matrix(tmp_path, demo_media, capsys):
+def test_matrix_with_non_ascii_file_names_is_valid(tmp_path, demo_media, capsys):
     names = ["贝拉.png", "anna with spaces.png"]
     for name in names:
         shutil.copy(demo_media / "references/anna.png", tmp_path / name)
@@ -286,7 +286,7 @@ def test_names_in_any_script_make_a_matrix(tmp_path, demo_media, capsys):
     assert "2 jobs" in capsys.readouterr().out
 
 
-def test_missing_weights_stop_before_anything_starts(tmp_path, demo_media, capsys):
+def test_run_with_missing_weights_exits_2_before_first_job(tmp_path, demo_media, capsys):
     manifest = good_manifest(tmp_path, demo_media)
     (tmp_path / "models").mkdir()
     assert main(["run", str(manifest), "--out", str(tmp_path / "out"), *models(tmp_path / "models", tmp_path)]) == 2
@@ -297,7 +297,7 @@ def test_missing_weights_stop_before_anything_starts(tmp_path, demo_media, capsy
     assert not (tmp_path / "out/jobs").exists()
 
 
-def test_no_models_named_says_how_to_get_some(tmp_path, demo_media, capsys, monkeypatch):
+def test_run_without_models_exits_2_and_names_option(tmp_path, demo_media, capsys, monkeypatch):
     monkeypatch.delenv("VIDEO_LAB_MODELS", raising=False)
     manifest = good_manifest(tmp_path, demo_media)
     assert main(["run", str(manifest), "--out", str(tmp_path / "out"), "--cache", str(tmp_path)]) == 2
@@ -305,7 +305,7 @@ def test_no_models_named_says_how_to_get_some(tmp_path, demo_media, capsys, monk
 
 
 @pytest.mark.parametrize("harm", ["truncated", "garbage"])
-def test_corrupt_weights_stop_before_anything_starts(tmp_path, demo_models, demo_media, capsys, harm):
+def test_run_with_corrupt_weights_exits_2_before_first_job(tmp_path, demo_models, demo_media, capsys, harm):
     store = tmp_path / "models"
     shutil.copytree(demo_models, store)
     victim = next(store.rglob("transformer/*.safetensors"))
@@ -321,7 +321,7 @@ def test_corrupt_weights_stop_before_anything_starts(tmp_path, demo_models, demo
     assert not (tmp_path / "o/jobs").exists()
 
 
-def test_an_unknown_recipe_and_memory_mode_are_usage_errors(tmp_path, demo_models, demo_media, capsys):
+def test_run_with_unknown_recipe_or_memory_mode_exits_2(tmp_path, demo_models, demo_media, capsys):
     out = ["--out", str(tmp_path / "o"), *models(demo_models, tmp_path)]
     assert main(["run", str(good_manifest(tmp_path, demo_media)), *out, "--recipe", "bf17"]) == 2
     assert "bf16" in capsys.readouterr().err
@@ -347,7 +347,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_output_disk_keeps_what_is_done(small_disk, tmp_path, demo_models, demo_media, capsys):
+def test_run_with_full_output_disk_exits_3_and_keeps_done_jobs(small_disk, tmp_path, demo_models, demo_media, capsys):
     manifest = good_manifest(tmp_path, demo_media)
     command = ["run", str(manifest), "--out", str(small_disk / "out"), *models(demo_models, tmp_path)]
     assert main(command) == 0

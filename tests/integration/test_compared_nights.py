@@ -85,7 +85,7 @@ def verdicts(found: dict) -> list[tuple[str, str]]:
     return [(job["id"], job["verdict"]) for job in found["jobs"]]
 
 
-def test_two_nights_a_changed_seed_and_its_approval(place, capsys):
+def test_compare_after_changed_seed_exits_4_until_approved(place, capsys):
     first, second, third = (place.bring(night) for night in ("first", "second", "third"))
     assert place.compare(first)[0] == 2
     assert "has none of these jobs" in capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_two_nights_a_changed_seed_and_its_approval(place, capsys):
     assert place.compare(third)[0] == 0
 
 
-def test_a_job_that_was_added_or_removed(place):
+def test_compare_with_added_or_removed_job_exits_4_until_approved(place):
     first, second = place.bring("first"), place.bring("second")
     assert place.approve(first, "--job", "a") == 0
     code, found = place.compare(second)
@@ -139,7 +139,7 @@ def test_a_job_that_was_added_or_removed(place):
     assert place.compare(second)[0] == 0
 
 
-def test_a_baseline_of_another_device_is_compared_by_metric(place):
+def test_compare_with_baseline_of_other_device_uses_metrics(place):
     first, third = place.bring("first"), place.bring("third")
     assert place.approve(first) == 0
     out = open_storage(third)
@@ -156,7 +156,7 @@ def test_a_baseline_of_another_device_is_compared_by_metric(place):
     assert any(change.startswith("device: ") for change in found["environment"])
 
 
-def test_a_first_night_is_accepted_as_a_draft_when_asked(place):
+def test_compare_bootstrap_of_first_night_accepts_draft_baseline(place):
     first, second = place.bring("first"), place.bring("second")
     code, found = place.compare(first, "--bootstrap")
     assert code == 0 and verdicts(found) == [("a", "draft"), ("b", "draft")]
@@ -165,7 +165,7 @@ def test_a_first_night_is_accepted_as_a_draft_when_asked(place):
     assert any("draft" in note for note in found["jobs"][0]["notes"])
 
 
-def test_a_failed_job_and_a_lost_output_are_failures(place):
+def test_compare_with_failed_job_or_missing_output_exits_1(place):
     first, second = place.bring("first"), place.bring("second")
     assert place.approve(first) == 0
     out = open_storage(second)
@@ -181,7 +181,7 @@ def test_a_failed_job_and_a_lost_output_are_failures(place):
     assert "input.no_person" in found["jobs"][0]["error"] and "the output is missing" in found["jobs"][1]["text"]
 
 
-def test_a_render_of_the_baseline_that_cannot_be_read_ends_with_2(place):
+def test_compare_with_unreadable_baseline_output_exits_2(place):
     first, third = place.bring("first"), place.bring("third")
     assert place.approve(first) == 0
     baseline = open_storage(f"{place.root}/baseline")

@@ -80,7 +80,7 @@ def wait_for_records(folder: Path, count: int) -> None:
         time.sleep(0.02)
 
 
-def test_a_run_that_was_stopped_in_its_middle_is_not_green(tmp_path):
+def test_status_of_stopped_run_exits_3_until_rerun_is_done(tmp_path):
     manifest = write_manifest(tmp_path)
     out = str(tmp_path / "out")
     with begun(tmp_path, manifest, "night") as process:
@@ -116,7 +116,7 @@ def test_a_run_that_was_stopped_in_its_middle_is_not_green(tmp_path):
     assert last == "7 of 7 done · 0 failed"
 
 
-def test_a_terminal_is_redrawn_in_place_and_ctrl_c_ends_it_with_130(tmp_path):
+def test_status_watch_redraws_terminal_and_exits_130_on_ctrl_c(tmp_path):
     out = tmp_path / "out"
     jobs = {"run_id": "r", "manifest": "m.yaml", "recipe": "", "force": False, "jobs": {"a": None, "b": None}}
     (out / "runs/r").mkdir(parents=True)

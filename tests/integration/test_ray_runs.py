@@ -137,7 +137,7 @@ def named(events: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == name]
 
 
-def test_workers_and_nodes_that_are_lost_in_the_middle(held, tmp_path, ray_cluster):
+def test_run_with_lost_worker_and_lost_node_renders_each_job_once(held, tmp_path, ray_cluster):
     """A worker is killed, a node removed, another one added: each job is done once, with a single process's frames."""
     jobs = "abcdefgh"
     with capture_logs() as events, RunBeside(held(jobs, hold=jobs), tmp_path) as run:
@@ -173,7 +173,7 @@ def test_workers_and_nodes_that_are_lost_in_the_middle(held, tmp_path, ray_clust
     assert digests(tmp_path / "out", jobs) == digests(tmp_path / "alone", jobs)
 
 
-def test_an_engine_that_fails_in_one_worker_stops_no_other(held, tmp_path):
+def test_engine_failure_in_one_worker_does_not_stop_others(held, tmp_path):
     with capture_logs() as events:
         outcome = run_verb.run(held("abcd", breaks_once=True))
     assert outcome.exit_code == 0
@@ -183,7 +183,7 @@ def test_an_engine_that_fails_in_one_worker_stops_no_other(held, tmp_path):
     assert len({pid for _, pid in begun(tmp_path)}) == 1
 
 
-def test_sigterm_drains_and_a_rerun_goes_on(held, tmp_path, ray_cluster):
+def test_run_with_sigterm_drains_and_rerun_finishes_jobs(held, tmp_path, ray_cluster):
     """The jobs that are under way end, the others wait for the rerun."""
     settings, manifest = held("abcdef", hold="abcdef"), tmp_path / "m.json"
     listed = [
@@ -223,7 +223,7 @@ def test_sigterm_drains_and_a_rerun_goes_on(held, tmp_path, ray_cluster):
     assert sorted(name for name, _ in begun(tmp_path)) == list("abcdef")
 
 
-def test_a_cluster_without_what_is_asked_for_is_refused(held, monkeypatch):
+def test_cluster_without_gpu_or_matching_version_is_refused(held, monkeypatch):
     with pytest.raises(ConfigInvalid, match="the Ray cluster has no GPU"):
         run_verb.run(held("a", workers=None))
     monkeypatch.setattr("runner.launch.ray_driver.describe_code", lambda: "9.9 (another)")
@@ -236,7 +236,7 @@ def test_a_cluster_without_what_is_asked_for_is_refused(held, monkeypatch):
         run_verb.run(held("a"))
 
 
-def test_an_address_where_nothing_listens(held, tmp_path):
+def test_run_at_address_without_listener_raises_cluster_unavailable(held, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         with pytest.raises(ClusterUnavailable, match="nothing answers"):
@@ -244,7 +244,7 @@ def test_an_address_where_nothing_listens(held, tmp_path):
     assert not (tmp_path / "out/runs").exists()  # else `status` would tell of jobs that wait
 
 
-def test_a_wrong_token_is_denied(held, tmp_path, ray_cluster):
+def test_run_with_wrong_ray_token_exits_2_with_cluster_denied(held, tmp_path, ray_cluster):
     """In a process of its own: Ray reads the token once."""
     held("a")
     (tmp_path / "m.json").write_text('{"version": 1, "jobs": [{"id": "a", "reference": "r", "video": "v"}]}')
@@ -263,7 +263,7 @@ def test_a_wrong_token_is_denied(held, tmp_path, ray_cluster):
     assert "cluster.denied" in done.stderr and "RAY_AUTH_MODE=token" in done.stderr
 
 
-def test_two_gpus_of_one_machine_render_what_one_process_renders(tmp_path, demo_models, demo_media):
+def test_run_on_ray_with_two_gpus_gives_frames_of_single_process(tmp_path, demo_models, demo_media):
     """The real engine. The GPUs are not there, so that it computes on the CPU: `--device auto` asks torch."""
     place = {"reference": str(demo_media / "references/anna.png"), "video": str(demo_media / "dances/wave.mp4")}
     options = {"size": "64x96", "fps": 16, "max_frames": 9, "steps": 2}

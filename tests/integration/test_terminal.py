@@ -51,7 +51,7 @@ def run(command: str, *arguments: str, **environment: str | None) -> subprocess.
 
 
 @pytest.mark.parametrize("close", ["2>&-", ">&-", "<&- >&- 2>&-", ">/dev/full"])
-def test_a_run_s_code_does_not_depend_on_its_streams(done, close):
+def test_run_with_closed_or_full_streams_exits_0(done, close):
     manifest, flags = done
     ended = run(f'exec {CLI} run "$@" {close}', str(manifest), *flags)
     assert ended.returncode == 0, ended.stderr
@@ -60,7 +60,7 @@ def test_a_run_s_code_does_not_depend_on_its_streams(done, close):
 
 
 @pytest.mark.parametrize("close", ["2>&-", "2>/dev/full"])
-def test_an_error_that_cannot_be_said_keeps_its_code(tmp_path, close):
+def test_validate_error_with_unwritable_stderr_exits_2(tmp_path, close):
     ended = run(f'exec {CLI} validate "$@" {close}', str(tmp_path / "none.yaml"))
     assert (ended.returncode, ended.stdout) == (2, "")
 
@@ -84,7 +84,7 @@ with open(sys.argv[1], "w") as file:
     ],
     ids=["ascii streams", "posix"],
 )
-def test_an_ascii_terminal_gets_escapes(done, tmp_path, environment):
+def test_output_on_ascii_terminal_is_escaped(done, tmp_path, environment):
     manifest, flags = done
     out = flags[1]
     bad = tmp_path / "bad.yaml"
@@ -129,7 +129,7 @@ sys.exit(code)
 """
 
 
-def test_a_user_without_a_home_and_a_name(done, tmp_path):
+def test_run_of_user_without_home_and_name_exits_0(done, tmp_path):
     """As in a container that was started with --user 12345."""
     manifest, flags = done
     nobody = {"HOME": None, "USER": None, "LOGNAME": None, "LNAME": None, "USERNAME": None, "VIDEO_LAB_CACHE": None}
@@ -145,7 +145,7 @@ def test_a_user_without_a_home_and_a_name(done, tmp_path):
         assert "~, but there is no such home folder here. Write the path in full" in ended.stderr
 
 
-def test_what_no_reader_sees_is_escaped(tmp_path, capsys):
+def test_invisible_character_in_output_is_escaped(tmp_path, capsys):
     manifest = tmp_path / "m.yaml"
     manifest.write_text('version: 1\njobs: [{id: "a\\u202e\\e[31m\\u2066\\nb", reference: r, video: v, "k\\x01": 1}]\n')
     assert main(["validate", str(manifest)]) == 2
