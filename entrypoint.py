@@ -1,6 +1,6 @@
-"""The container's entry: the arguments of `docker run` go to `runner.cli`, its exit code comes back.
+"""Entry point of the container: pass the arguments of `docker run` to `runner.cli` and exit with its code.
 
-It also makes the folder for temporary files, which lies in /cache: mounted, and empty at first.
+It also creates the folder for temporary files. That folder is in /cache, which is a mount and may be empty at first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["ensure_temporary_folder"]
 
 
 def ensure_temporary_folder(folder: str | None) -> None:
-    """Makes `folder` ($TMPDIR). Where that fails it says so and goes on: verbs such as `--help` need no such place."""
+    """Create `folder` ($TMPDIR). Print a message if that fails, and continue: `--help` works without the folder."""
     if not folder:
         return
     try:

@@ -64,9 +64,9 @@ def test_copy_trained_without_weights_is_config_invalid(tmp_path: Path, monkeypa
 
 
 def test_demo_model_transfers_motion(store: Path) -> None:
-    """One clip of a dancer and a dance it has never seen, in four steps: nearer to the truth than the still reference.
+    """The clip of an unseen dancer and dance, in four steps, is nearer to the true frames than the still reference is.
 
-    And nearer to its own dancer's colours than to any of twenty others'.
+    Its colours are nearer to those of its own dancer than to those of each of twenty others.
     """
     sys.path.insert(0, str(BENCH))
     try:

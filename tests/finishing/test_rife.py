@@ -168,7 +168,7 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 
 @system_test
 def test_rife_interpolator_rebuilds_odd_frames_of_real_clip(real_data, rife_store):  # noqa: F811
-    """Of every third triple of the clip, 18 of 54."""
+    """Every third triple of the clip's frames is tested: 18 of 54."""
     interpolator = RifeInterpolator.open(rife_store / RIFE)
     with VideoReader(real_data / "man_480x480_30fps_110f.mp4") as reader:
         frames = list(reader.read(np.arange(reader.info.frames)))

@@ -127,7 +127,7 @@ def test_svdq_bytes_equal_those_of_layout(rank):
             assert svdq_bytes(*shape, compute=name, rank=rank) == layout.with_rank(rank).bytes(*shape)
 
 
-def test_new_precision_row_is_recipe_word(stub):
+def test_new_precision_row_is_recipe_modifier(stub):
     recipe = get_recipe("fp4-distill+steps4+stub")
     assert (recipe.compute, recipe.name) == ("stub", "fp4-distill+stub+steps4")
     with pytest.raises(
@@ -220,7 +220,7 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_precision_name_is_in_table_only(name):
-    """No other file names a precision to say something about it."""
+    """Outside the places in `ELSEWHERE`, no other module has the name of a precision as a constant."""
     table = ROOT / "runner/forecast/precisions.py"
     found = []
     for path in sorted((ROOT / "runner").rglob("*.py")):

@@ -347,7 +347,7 @@ def test_forecast_with_absent_compute_or_vae_dtype_is_refused():
         ("NVIDIA L40S", "L40S"),
     ],
 )
-def test_find_device_knows_names_of_drivers_and_people(name, found):
+def test_find_device_with_driver_or_short_name_finds_device(name, found):
     assert find_device(name).name == found
 
 

@@ -332,7 +332,7 @@ def test_retarget_gets_both_poses_and_its_result_is_drawn(preprocessor, disc_ref
 
 
 def test_retarget_in_parity_gets_reference_at_output_size(preprocessor, disc_reference, one, monkeypatch):
-    """As officially: the reference is letterboxed by area first, and its pose found there, in BGR."""
+    """As in the official preprocessing, the reference is letterboxed by area first. Its pose is found there, in BGR."""
     given, fed = {}, []
     points = preprocessor.pose.points
     monkeypatch.setattr(preprocessor.pose, "points", lambda *a, **how: fed.append(how) or points(*a, **how))

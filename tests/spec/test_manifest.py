@@ -176,7 +176,7 @@ def test_regression_limits_of_job_override_those_of_manifest():
     assert found == {name: RegressionLimits.model_validate(words) for name, words in expected.items()}
 
 
-def test_regression_limits_of_job_from_official_files_are_its_own():
+def test_regression_limits_of_job_from_files_override_those_of_manifest():
     words = {"id": "a", "options": {"preprocess": {"from": "files"}}, "regression": {"same_frames": False}}
     text = yaml.safe_dump({"version": 1, "regression": {"same_frames": True, "psnr_min": 40}, "jobs": [words]})
     assert [job.regression for job in parse(text).jobs] == [RegressionLimits(same_frames=False, psnr_min=40)]

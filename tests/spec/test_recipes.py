@@ -28,7 +28,7 @@ def test_shipped_recipes_have_expected_fields():
         json.dumps(recipe.as_dict())
 
 
-def test_recipe_fingerprint_leaves_out_summary():
+def test_recipe_as_dict_leaves_out_summary():
     assert "summary" not in get_recipe("bf16").as_dict()
 
 
@@ -87,7 +87,7 @@ def changed(name: str) -> dict[str, object]:
         ("fp4-fast+beta57+shift3", {"schedule": "beta57", "shift": 3.0}, "fp4-fast+beta57+shift3"),
     ],
 )
-def test_recipe_words_change_their_own_fields_only(name, fields_changed, canonical):
+def test_recipe_modifiers_change_their_fields_only(name, fields_changed, canonical):
     recipe = get_recipe(name)
     assert changed(name) == fields_changed
     assert recipe.name == canonical
@@ -116,7 +116,7 @@ def test_record_of_recipe_keeps_keys_of_version_0_1_0(name):
 
 
 @given(base=st.sampled_from(sorted(RECIPES)), words=WORDS, data=st.data())
-def test_recipe_words_in_any_order_give_same_recipe(base, words, data):
+def test_recipe_modifiers_in_any_order_give_same_recipe(base, words, data):
     def recipe_of(texts) -> object:
         try:
             return get_recipe("+".join([base, *texts]))

@@ -42,7 +42,7 @@ def test_check_rife_file_of_other_network_is_refused(tmp_path: Path):
         check_rife_file(path)
 
 
-def test_job_extras_have_rife_file_only_when_job_asks(tmp_path: Path):
+def test_job_extras_have_rife_file_only_for_job_with_rife(tmp_path: Path):
     store = ModelStore(tmp_path)
     assert store.job_extras(JobOptions(), False) == {}
     with pytest.raises(JobWeightsMissing, match=r"rife/rife-4\.25\.safetensors.*convert_rife\.py"):
@@ -55,7 +55,7 @@ def test_job_extras_have_rife_file_only_when_job_asks(tmp_path: Path):
     assert store.job_extras(JobOptions(), False) == {}
 
 
-def test_wanted_by_jobs_takes_rife_file_only_when_job_asks():
+def test_wanted_by_jobs_takes_rife_file_only_for_job_with_rife():
     assert wanted_by_jobs([JobOptions(), ASKED])(RIFE)
     assert not wanted_by_jobs([JobOptions()])(RIFE)
 

@@ -71,7 +71,7 @@ def test_choose_variant_takes_best_present_variant(tmp_path, held, recipe):
     assert ("x.safetensors kept beside it" in variant.why) is beside
 
 
-def test_choose_variant_without_lora_or_weights_names_what_is_missing(tmp_path):
+def test_choose_variant_error_distinguishes_missing_weights_and_missing_lora(tmp_path):
     with pytest.raises(WeightsMissing, match="no FP4 transformer"):
         choose_variant(tmp_path, DISTILLED)
     hold(tmp_path, f"{BASE}/{TRANSFORMER}", CONFIG)
@@ -180,7 +180,7 @@ def test_formats_in_folder_follow_its_name():
 
 
 @every_format
-def test_svdq_format_of_recipe_is_format_of_its_word(fmt, stem):
+def test_svdq_format_of_recipe_is_format_of_its_modifier(fmt, stem):
     assert svdq_format(get_recipe(f"fp4-distill+steps4+{fmt}")) == fmt
     assert [svdq_format(get_recipe(name)) for name in ("fp4-distill", "fp4+nvfp4", "bf16", "fp4-fast")] == [None] * 4
     assert variant_folders(get_recipe(f"fp4-distill+{fmt}")) == (f"{stem}-distill", f"{stem}-plain")

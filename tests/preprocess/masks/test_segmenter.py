@@ -188,9 +188,9 @@ def test_segmenter_memory_does_not_grow_with_clip_length(sam2, monkeypatch):
 
 
 def test_segmenter_in_bfloat16_agrees_with_float32(folder, usual):
-    """What a GPU computes in, here on the CPU; random weights amplify rounding, so most pixels, not all.
+    """A GPU computes in bfloat16; here the CPU does. Random weights amplify rounding, so most pixels agree, not all.
 
-    Frames 0 and 6 are prompted; those between go through memory, which has arithmetic of its own.
+    Frames 0 and 6 are prompted. Those between go through memory, which has its own arithmetic.
     """
     import torch
     from transformers import Sam2VideoModel

@@ -227,7 +227,7 @@ def test_share_of_products_of_convolutional_network_is_0(build, tmp_path):
 
 @pytest.mark.real
 def test_int8_of_real_networks_stays_fp32(real_data, tmp_path):
-    """Measured: their 8-bit convolutions take two to eight times the time, and find nobody."""
+    """Measured: their 8-bit convolutions take two to eight times the time, and they find no person."""
     for name in ("wholebody_pose_full.onnx", "person_detector.onnx"):
         network = opened(real_data / name, tmp_path)
         assert network.precision == "fp32"
