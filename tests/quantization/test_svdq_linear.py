@@ -77,7 +77,7 @@ def test_layer_keeps_shape_and_dtype_of_input(layout, bias, dtype, columns, outp
 
 
 @BOTH
-def test_input_of_other_width_is_refused(layout):
+def test_layer_with_input_of_other_width_is_refused(layout):
     """Otherwise it would be padded with zeros."""
     with pytest.raises(ValueError, match="an input of 128 channels for a layer of 160"):
         layer_of(layout)(torch.randn(3, 128))

@@ -174,7 +174,7 @@ def test_load_quantized_into_model_of_other_shape_is_refused(made):
 
 
 @pytest.mark.parametrize("size", [0, 5, 200, 100_000])
-def test_truncated_file_is_refused(made, tmp_path, size):
+def test_check_file_of_truncated_file_is_refused(made, tmp_path, size):
     bad = tmp_path / NAME
     bad.write_bytes(made[1].path.read_bytes()[:size])
     with pytest.raises(WeightsCorrupt, match=r"empty|truncated"):

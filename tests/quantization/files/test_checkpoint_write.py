@@ -308,7 +308,7 @@ def test_interrupted_quantize_store_keeps_existing_file(store, tmp_path, stop_at
     assert (tmp_path / NAME).read_bytes() == b"the old file"
 
 
-def test_full_disk_is_reported_at_once(store, tmp_path, monkeypatch):
+def test_quantize_store_on_full_disk_is_refused_at_once(store, tmp_path, monkeypatch):
     def full(fd, start, size):
         raise OSError(28, "No space left on device")
 
@@ -386,14 +386,14 @@ def narrow(tensors):
         (lambda t: t.update(stray=torch.zeros(3)), "stray"),
     ],
 )
-def test_inconsistent_source_is_refused(store, tmp_path, change, says):
+def test_quantize_store_of_inconsistent_source_is_refused(store, tmp_path, change, says):
     source = change_source(store, tmp_path, change)
     with pytest.raises(WeightsCorrupt, match=says):
         quantize_store(source, tmp_path / "out" / NAME, G32, "absmax")
     assert not list(tmp_path.glob("out/*.safetensors*"))
 
 
-def test_source_that_is_missing_or_truncated_is_refused(store, tmp_path):
+def test_quantize_store_of_missing_or_truncated_source_is_refused(store, tmp_path):
     with pytest.raises(WeightsMissing, match=r"config\.json"):
         quantize_store(tmp_path, tmp_path / NAME, G32)
     (tmp_path / "config.json").write_text(json.dumps(dict(TINY)))
@@ -412,7 +412,7 @@ def test_source_that_is_missing_or_truncated_is_refused(store, tmp_path):
         quantize_store(copy, tmp_path / NAME, G32)
 
 
-def test_layer_with_inputs_that_group_does_not_divide_is_named(tmp_path):
+def test_quantize_store_with_inputs_that_group_does_not_divide_names_layer(tmp_path):
     source = write_store(tmp_path / "transformer", dict(TINY) | {"freq_dim": 48})
     with pytest.raises(ConfigInvalid, match=r"time_embedder\.linear_1.*multiple"):
         quantize_store(source, tmp_path / NAME, G32)

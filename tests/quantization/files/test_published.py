@@ -346,7 +346,7 @@ def test_inconsistent_published_file_is_refused(tmp_path, change, says):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
-def test_broken_scales_are_refused_before_model_changes(tmp_path, value):
+def test_load_published_with_broken_scales_is_refused_before_model_changes(tmp_path, value):
     file, _ = publish(tmp_path, Style())
     rewrite(file, lambda t: t[SCALE].view(-1)[3:4].fill_(value))
     model = transformer_on_meta(TINY)
@@ -355,7 +355,7 @@ def test_broken_scales_are_refused_before_model_changes(tmp_path, value):
     assert all(p.is_meta for p in model.parameters())
 
 
-def test_config_that_disagrees_with_shapes_is_refused(tmp_path):
+def test_read_published_with_wrong_config_or_missing_file_is_refused(tmp_path):
     file, _ = publish(tmp_path, Style(config={"group_size": 64}))
     with pytest.raises(WeightsCorrupt, match="says 64"):
         read_published(file, transformer_on_meta(TINY))

@@ -78,7 +78,7 @@ def test_check_file_runs_without_torch(tmp_path):
         ({"format": "svdq-int8"}, r"'svdq-int8', not one of g32, nvfp4, svdq-int4, svdq-nvfp4"),
     ],
 )
-def test_bad_metadata_is_refused(tmp_path, layout, metadata, says):
+def test_check_file_with_bad_metadata_is_refused(tmp_path, layout, metadata, says):
     path = write_svdq(tmp_path / NAME, TINY, layout, **metadata)
     with pytest.raises(WeightsCorrupt, match=says) as caught:
         check_file(path)
@@ -112,7 +112,7 @@ def put(name, make):
         (put(f"{Q}.bias", lambda t: t.half()), rf"{Q}\.bias is torch\.float16, not torch\.bfloat16 or torch\.float32"),
     ],
 )  # fmt: skip
-def test_bad_tensors_are_refused_by_name(tmp_path, layout, change, says):
+def test_check_file_with_bad_tensors_is_refused_by_name(tmp_path, layout, change, says):
     path = write_svdq(tmp_path / NAME, TINY, layout, change)
     with pytest.raises(WeightsCorrupt, match=says) as caught:
         check_file(path)
@@ -179,7 +179,7 @@ NUNCHAKU = {"quantization_config": json.dumps({"method": "svdquant", "rank": 16}
     ],
     ids=["cache-dit", "nunchaku", "lite", "bare"],
 )
-def test_file_of_other_program_is_named_with_what_to_do(tmp_path, layout, metadata, says):
+def test_file_of_other_program_is_refused_with_quantize_command(tmp_path, layout, metadata, says):
     tensors = {f"{Q}.{suffix}": t for suffix, t in random_layer(layout, 64, 64, torch.Generator()).items()}
     path = tmp_path / NAME
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)

@@ -242,14 +242,14 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_config_of_other_file_is_refused(quantised, tmp_path, case):
+def test_load_text_encoder_with_wrong_config_is_refused(quantised, tmp_path, case):
     config, message = CONFIGS[case]
     path = rewritten(quantised, tmp_path / "bad.safetensors", lambda held: None, config=config)
     with pytest.raises(WeightsCorrupt, match=message):
         load_text_encoder(path)
 
 
-def test_missing_and_truncated_files_have_different_errors(quantised, tmp_path):
+def test_load_text_encoder_of_missing_or_truncated_file_raises_own_error(quantised, tmp_path):
     with pytest.raises(WeightsMissing):
         load_text_encoder(tmp_path / "none.safetensors")
     path = tmp_path / "short.safetensors"
@@ -327,7 +327,7 @@ def test_quantize_text_encoder_memory_is_near_one_tensor(tmp_path):
     assert max(seen) < size // 3
 
 
-def test_columns_narrower_than_group_are_not_quantised(tmp_path):
+def test_text_encoder_narrower_than_group_is_not_quantised(tmp_path):
     """The text encoder of the tiny store, 32 wide: a complete file, which loads, with nothing in INT4."""
     store = build(tmp_path / "store", d_model=32, d_kv=8, d_ff=64)
     done = quantize_text_encoder(store, tmp_path / "x.safetensors", kept_dtype=torch.float32)

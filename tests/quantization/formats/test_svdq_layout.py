@@ -79,7 +79,7 @@ def test_bits_per_weight_of_square_layer_equal_hand_calculation(layout):
 
 
 @pytest.mark.parametrize("rank", [0, -16, 8, 24, MOST_RANK + RANK_MULTIPLE])
-def test_with_rank_that_no_kernel_supports_is_refused(rank):
+def test_with_rank_of_unsupported_rank_is_refused(rank):
     with pytest.raises(ValueError, match=f"rank of {rank}: multiples of 16 up to 512"):
         LAYOUTS[0].with_rank(rank)
 

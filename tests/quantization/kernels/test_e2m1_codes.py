@@ -93,7 +93,7 @@ def test_scale_of_nan_group_is_nan_and_scale_of_zeros_is_zero():
     assert codes[6].eq(0x88).all()  # minus zeros
 
 
-def test_peak_is_divided_by_tensor():
+def test_quantize_to_e2m1_divides_by_tensors():
     """As for rows: divided by a plain number, CUDA multiplies by the rounded reciprocal; the kernel divides."""
     with Divisors() as divisors:
         quantize_to_e2m1(torch.empty(4, 64, device="meta"), torch.empty(64, device="meta"))
@@ -102,7 +102,7 @@ def test_peak_is_divided_by_tensor():
 
 
 @pytest.mark.parametrize("rows", [1, 77, 128, 200])
-def test_scales_are_in_order_of_product(rows):
+def test_blocked_codes_have_scales_in_order_of_product(rows):
     x, smooth = probe_matrix(rows, 192, CPU), smoothing(192)
     codes, scales = quantize_to_e2m1(x, smooth)
     found = blocked_codes(x, smooth)

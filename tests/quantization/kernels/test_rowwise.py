@@ -87,7 +87,7 @@ class Divisors(TorchDispatchMode):
 
 
 @BOTH
-def test_row_is_divided_by_tensor(kind):
+def test_quantize_rows_divides_by_tensors(kind):
     """CUDA multiplies by the rounded reciprocal of a plain number; the kernel divides, so the bits would differ."""
     with Divisors() as divisors:
         quantize_rows(torch.empty(4, 64, device="meta"), kind)

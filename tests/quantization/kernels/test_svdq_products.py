@@ -60,7 +60,7 @@ def test_svdq_backend_has_order():
 
 @BOTH
 @pytest.mark.parametrize("shape", [(128, 128), (256, 640), (384, 256)])
-def test_order_changed_and_restored_gives_same_bytes(layout, shape):
+def test_in_rows_then_reorder_gives_same_bytes(layout, shape):
     tensors = quantize_weight(gauss(*shape), layout.with_rank(48))
     rows = in_rows(tensors, layout)
     for name, tensor in tensors.items():
@@ -72,7 +72,7 @@ def test_order_changed_and_restored_gives_same_bytes(layout, shape):
 
 
 @BOTH
-def test_tensors_in_rows_are_in_order_of_product(layout):
+def test_in_rows_gives_tensors_in_order_of_product(layout):
     tensors = quantize_weight(gauss(256, 384), layout)
     rows = in_rows(tensors, layout)
     codes = unpack(rows["qweight"].view(torch.uint8))

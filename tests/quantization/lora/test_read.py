@@ -102,7 +102,7 @@ def test_read_lora_lists_unread_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".bin", ".pth", ".pkl"])
-def test_pickle_is_refused_without_opening(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_lora_refuses_pickle_without_opening(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / f"lora{suffix}"
     torch.save({f"{LAYER}.diff_b": BIAS}, path)
     monkeypatch.setattr(Path, "open", lambda *a, **k: pytest.fail("opened"))
@@ -110,7 +110,7 @@ def test_pickle_is_refused_without_opening(tmp_path: Path, suffix: str, monkeypa
         read_lora(path)
 
 
-def test_pickle_with_other_name_is_refused(tmp_path: Path) -> None:
+def test_read_lora_of_pickle_named_safetensors_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     torch.save({f"{LAYER}.diff_b": BIAS}, path)
     with pytest.raises(WeightsCorrupt, match="not a whole safetensors file"):
@@ -158,7 +158,7 @@ def test_read_lora_of_inconsistent_tensors_is_refused(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, 600), flips=st.lists(st.tuples(st.integers(0, 599), st.integers(1, 255)), max_size=3))
-def test_damaged_file_is_refused_or_still_valid_lora(tmp_path: Path, cut: int, flips: list[tuple[int, int]]) -> None:
+def test_read_lora_of_damaged_file_is_refused_or_valid(tmp_path: Path, cut: int, flips: list[tuple[int, int]]) -> None:
     blob = bytearray(save({f"a.lora_{x}.weight": t for x, t in (("down", DOWN), ("up", UP))}))
     size = len(blob)
     for at, bits in flips:
